@@ -1,0 +1,89 @@
+"""Every error that Chatkeep raises on purpose.
+
+    ChatkeepError
+    ├── TryAgainLater            the same call may succeed later (503, Retry-After)
+    │   ├── RedisUnavailable
+    │   ├── PostgresUnavailable
+    │   ├── NotDurable
+    │   └── BacklogFull
+    └── Never                    the same call fails for ever
+        ├── ConfigurationError
+        ├── NotFound             also for what belongs to somebody else
+        ├── KeyReused
+        ├── TurnRunning
+        ├── ReplyFailed
+        └── BadEntry
+
+Driver errors are translated once, at the edge where they arise; above it nobody catches `RedisError` or `psycopg2.Error`.
+A docstring is the message a person reads. None of them carries message text, a token or an e-mail address.
+"""
+
+from __future__ import annotations
+
+
+class ChatkeepError(Exception):
+    """Something went wrong in Chatkeep."""
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail or (type(self).__doc__ or "").strip())
+
+    @property
+    def detail(self) -> str:
+        """What happened and what to do next, for the caller."""
+        return str(self)
+
+
+class TryAgainLater(ChatkeepError):
+    """Chatkeep cannot do this right now; try again in a few seconds."""
+
+    retry_after_seconds = 1
+
+
+class RedisUnavailable(TryAgainLater):
+    """The pending log cannot be reached. The outcome of a write is unknown: repeat it with the same Idempotency-Key."""
+
+
+class PostgresUnavailable(TryAgainLater):
+    """The database cannot be reached, and what was asked for is not whole in the cache. Try again in a few seconds."""
+
+    retry_after_seconds = 2
+
+
+class NotDurable(TryAgainLater):
+    """Redis could lose what it acknowledges (see /readyz for the check that fails), so nothing is accepted."""
+
+    retry_after_seconds = 5
+
+
+class BacklogFull(TryAgainLater):
+    """Too much is waiting to be written to the database; nothing more is accepted until it has caught up."""
+
+    retry_after_seconds = 5
+
+
+class Never(ChatkeepError):
+    """This call cannot succeed; change it before you repeat it."""
+
+
+class ConfigurationError(Never):
+    """A setting is missing or wrong."""
+
+
+class NotFound(Never):
+    """There is no such conversation."""
+
+
+class KeyReused(Never):
+    """This Idempotency-Key was used for a different request; use a new key for a new request."""
+
+
+class TurnRunning(Never):
+    """A reply is still being written in this conversation; wait for it to end."""
+
+
+class ReplyFailed(Never):
+    """The model gave no reply. Your message is stored; repeat the call with the same Idempotency-Key to try the reply again."""
+
+
+class BadEntry(Never):
+    """A log entry cannot be read; it goes to the dead letters."""

@@ -1,0 +1,95 @@
+"""The settings, read once from the environment or `.env`. Each has a line in the README; a test compares the two."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from worker.errors import ConfigurationError
+
+SHARD_SLOTS = 64
+"""Ids are `tick * SHARD_SLOTS + shard`, so there can never be more shards than this."""
+
+_MAKE_ONE = "make one with: python -c 'import secrets; print(secrets.token_urlsafe(48))'"
+_WELL_KNOWN_SECRETS = ("secret", "changeme", "change-me", "change_me", "password", "your-secret", "example", "default")
+
+
+class Settings(BaseSettings):
+    """What an operator may choose. A unit ends each name that has one."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True)
+
+    database_url: SecretStr
+    database_url_unpooled: SecretStr | None = None
+    redis_url: SecretStr
+    celery_broker_url: SecretStr | None = None
+
+    jwt_secret: SecretStr
+    access_token_seconds: Annotated[int, Field(ge=60, le=30 * 86400)] = 86400
+
+    cache_ttl_seconds: Annotated[int, Field(ge=1, le=30 * 86400)] = 900
+    cache_messages_max: Annotated[int, Field(ge=1, le=100_000)] = 200
+    """Committed messages of one conversation that stay in Redis; pending ones always do."""
+
+    flush_interval_ms: Annotated[int, Field(ge=1, le=60_000)] = 100
+    flush_batch_max: Annotated[int, Field(ge=1, le=100_000)] = 5000
+    pending_bytes_max: Annotated[int, Field(ge=1)] = 1 << 30
+    shards: Annotated[int, Field(ge=1, le=SHARD_SLOTS)] = 16
+
+    message_chars_max: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
+    body_bytes_max: Annotated[int, Field(ge=1024)] = 1 << 20
+
+    redis_timeout_seconds: Annotated[float, Field(gt=0, le=10)] = 1.5
+    """Below the 2 s in which a write that cannot be kept has to be refused."""
+    postgres_timeout_seconds: Annotated[float, Field(gt=0, le=60)] = 1.8
+    """Bounds a read of the API, connecting included: also below those 2 s. A sleeping Neon may need a second try."""
+    flush_timeout_seconds: Annotated[float, Field(gt=0, le=600)] = 20.0
+    """Bounds one flush transaction, connecting included."""
+    postgres_pool_size: Annotated[int, Field(ge=1, le=100)] = 8
+
+    llm_base_url: str | None = None
+    llm_api_key: SecretStr | None = None
+    llm_model: str | None = None
+    llm_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 120.0
+
+    unsafe_durability: bool = False
+    log_level: str = "INFO"
+
+    @field_validator("jwt_secret")
+    @classmethod
+    def _strong(cls, value: SecretStr) -> SecretStr:
+        secret = value.get_secret_value()
+        if len(secret.encode()) < 32:
+            raise ValueError(f"must be at least 32 bytes; {_MAKE_ONE}")
+        if len(set(secret)) < 8 or any(word in secret.lower() for word in _WELL_KNOWN_SECRETS):
+            raise ValueError(f"is a well-known or trivial value; {_MAKE_ONE}")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        if self.llm_base_url and not self.llm_model:
+            raise ValueError("LLM_BASE_URL needs LLM_MODEL")
+        return self
+
+    @property
+    def broker_url(self) -> str:
+        """Celery's broker, in the spelling that kombu knows (`unix://` is `redis+socket://` there)."""
+        url = (self.celery_broker_url or self.redis_url).get_secret_value()
+        return url.replace("unix://", "redis+socket://", 1) if url.startswith("unix://") else url
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The settings of this process; raises `ConfigurationError` with one line for each setting that is missing or wrong."""
+    try:
+        return Settings()
+    except ValidationError as exc:
+        raise ConfigurationError("; ".join(_line(error["loc"], error["msg"]) for error in exc.errors())) from None
+
+
+def _line(loc: tuple[int | str, ...], message: str) -> str:
+    name = "_".join(str(part) for part in loc).upper()
+    return f"{name}: {message} (set it in the environment or .env)" if name else message
