@@ -1,0 +1,578 @@
+"""Postgres: one way to name it, one way to open a transaction on it, and a bound on every wait for it.
+
+    with transaction(seconds=30, wake_seconds=10) as connection:      # SQLAlchemy's Connection; commits at the end
+        connection.execute(...)
+        with raw_cursor(connection) as cursor:                        # the same transaction, for COPY
+            cursor.copy_expert(...)
+
+Leaving the block commits; an exception rolls back. The body never commits, and never swallows a failed statement without a
+savepoint. What comes out of the block:
+
+- `PostgresUnavailable`: away, frozen, overloaded, locked, asleep, restarting, read-only, not migrated; or cut off **during the
+  commit, and then the outcome is unknown**. Repeat the whole unit, which therefore has to be idempotent.
+- SQLAlchemy's or psycopg2's `IntegrityError` and `DataError`: Postgres refuses the data. The caller's to decide.
+- Anything else is a bug.
+
+The last two leave without the server's text, which quotes the row (`DETAIL: Key (email)=(...)`); class, SQLSTATE and `diag` stay.
+
+**The deadline.** A frozen Postgres (SIGSTOP, a stuck disk or hypervisor) answers nothing while its kernel goes on acknowledging:
+`statement_timeout` is frozen with it, keepalives see a living peer, and psycopg2 waits for ever inside libpq. psycopg2's wait
+callbacks would help, but they forbid COPY. So each transaction has a deadline on our side. Every connection tells the deadline of
+its thread about itself before it sends anything (`_Connection.cursor`), which covers SQLAlchemy's pre-ping and its first questions
+to a new server too; the deadline keeps a duplicate of the socket, and one watchdog thread shuts that down when time is over. The
+call that was waiting fails at once with OperationalError, and the connection never goes back to the pool. The duplicate is ours, so
+a number that the kernel has given to another file meanwhile is never touched. Connecting has no socket that we could see: it runs in
+a thread of its own which is abandoned when time is over, and which libpq's `connect_timeout` ends (a name server that does not
+answer included).
+
+**The pool** belongs to a process. A forked child makes its own and closes its copies of the parent's sockets, without a word to
+the server on them. Nothing here is session state: the settings of a transaction are transaction-local, so that PgBouncer in
+transaction mode (Neon's `-pooler`) carries all of it. Nothing polls, so an idle Neon falls asleep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import re
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+import psycopg2
+import psycopg2.extensions
+from pydantic import SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy.engine import URL
+from sqlalchemy.engine.interfaces import DBAPICursor
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from worker.errors import ConfigurationError, PostgresUnavailable
+from worker.settings import get_settings
+
+LOCK_TIMEOUT_MS = 2_000
+IDLE_IN_TRANSACTION_MS = 15_000
+"""A stalled process gives its locks back after this; a flush reads Redis inside its transaction, at most 2 s."""
+
+POOL_RECYCLE_SECONDS = 240
+"""Below the five minutes after which Neon puts an idle database to sleep, and its connections with it."""
+
+MIGRATION_SECONDS = 3_600.0
+MIGRATION_WAKE_SECONDS = 30.0
+
+_CONNECT = {
+    "connect_timeout": 5,  # per address; the deadline bounds the whole
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,  # a cut network, which the deadline of a flush would notice after 30 s only
+    "client_encoding": "utf8",
+    "fallback_application_name": "chatkeep",
+}
+"""What libpq is told unless the URL says otherwise. No `options`: a transaction pooler refuses them."""
+
+_T = TypeVar("_T")
+
+
+# --- naming it ------------------------------------------------------------------------------------------------------------------
+
+
+def sqlalchemy_url(raw: str, *, name: str = "DATABASE_URL") -> URL:
+    """Any usual spelling of a Postgres address as one that SQLAlchemy opens with psycopg2. Errors never show the password."""
+    copied = re.sub(r"^psql\s+", "", raw.strip()).strip("'\" ")  # Neon's console offers `psql 'postgresql://...'`
+    try:
+        url = make_url(copied)
+    except (ArgumentError, ValueError):
+        raise ConfigurationError(f"{name} is not a database URL: {_EXPECTED}") from None
+    if url.drivername.lower().split("+")[0] not in ("postgres", "postgresql"):
+        raise ConfigurationError(f"{name} must begin with postgresql:// (not {url.drivername}://)")
+    for option in url.query:
+        _refuse_unknown(option, name)
+    host = unquote(url.host) if url.host and url.host.lower().startswith("%2f") else url.host  # libpq's spelling of a socket
+    return url.set(drivername="postgresql+psycopg2", host=host)
+
+
+_EXPECTED = "expected postgresql://user:password@host:port/database, with %-escapes for / @ : % in the password"
+
+
+def _refuse_unknown(option: str, name: str) -> None:
+    try:
+        psycopg2.extensions.make_dsn(**{option: "1"})
+    except psycopg2.ProgrammingError:
+        raise ConfigurationError(f"{name} has an option that Postgres's client library does not know: {option}") from None
+
+
+class _MigrationSettings(BaseSettings):
+    """The two settings that a migration needs; it runs where no other is set."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore", hide_input_in_errors=True)
+
+    database_url: SecretStr | None = None
+    database_url_unpooled: SecretStr | None = None
+
+
+def migration_url() -> URL:
+    """The direct connection for migrations, or the usual one where no direct one is set."""
+    settings = _MigrationSettings()
+    if settings.database_url_unpooled is not None:
+        return sqlalchemy_url(settings.database_url_unpooled.get_secret_value(), name="DATABASE_URL_UNPOOLED")
+    if settings.database_url is not None:
+        return sqlalchemy_url(settings.database_url.get_secret_value())
+    raise ConfigurationError("DATABASE_URL: Field required (set it in the environment or .env)")
+
+
+# --- a transaction --------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def transaction(
+    *,
+    seconds: float,
+    lock_timeout_ms: int = LOCK_TIMEOUT_MS,
+    wake_seconds: float = 0.0,
+    read_only: bool = False,
+) -> Iterator[Connection]:
+    """A fresh READ COMMITTED transaction that is over, one way or the other, after `seconds`, connecting included.
+
+    With `wake_seconds`, a database that cannot be reached is asked again for that long: for callers who can wait for Neon to wake.
+    """
+    postgres = _postgres()
+    with _translated(), deadline(seconds) as limit, postgres.slot(limit):
+        local = _local_settings(limit, lock_timeout_ms, read_only)
+        connection = _repeated(lambda: _begin(postgres.engine, local), until=time.monotonic() + wake_seconds, limit=limit)
+        try:
+            yield connection
+            _commit(connection)
+        except BaseException as exc:
+            lost = connection.invalidated and isinstance(exc, SQLAlchemyError)
+            _roll_back(connection)
+            if lost:
+                raise PostgresUnavailable from exc
+            raise
+        finally:
+            _give_back(connection, limit)
+
+
+@contextmanager
+def read(seconds: float | None = None) -> Iterator[Connection]:
+    """A transaction for what the API reads: it cannot write, and it walks indexes only.
+
+    It begins when it is entered: enter it after Redis has answered, or a flush hides a message.
+    """
+    with transaction(seconds=get_settings().postgres_timeout_seconds if seconds is None else seconds, read_only=True) as connection:
+        yield connection
+
+
+@contextmanager
+def raw_cursor(connection: Connection) -> Iterator[DBAPICursor]:
+    """psycopg2's own cursor in the same transaction, for `copy_expert`."""
+    cursor = connection.connection.cursor()
+    try:
+        yield cursor
+    finally:
+        cursor.close()
+
+
+def _begin(engine: Engine, local: dict[str, str]) -> Connection:
+    connection = engine.connect()
+    try:
+        connection.execute(_SET_LOCAL, local)
+    except BaseException:
+        connection.invalidate()
+        connection.close()
+        raise
+    return connection
+
+
+_SET_LOCAL = text("""
+    SELECT set_config('statement_timeout', :statement_timeout, true), set_config('lock_timeout', :lock_timeout, true),
+           set_config('idle_in_transaction_session_timeout', :idle, true), set_config('timezone', 'UTC', true),
+           set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on'
+                      ELSE current_setting('synchronous_commit') END, true),
+           CASE WHEN :read_only THEN ROW(
+               set_config('transaction_read_only', 'on', true), set_config('jit', 'off', true), set_config('enable_seqscan', 'off', true),
+               set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', 'off', true))::text END
+""")
+"""In one round trip. `synchronous_commit=off` would lose what a commit has promised, and the log has forgotten by then.
+
+Each of our reads walks one index and stops at its page; on tables that were never analyzed the planner was seen to collect a whole
+conversation of 30,000 messages and sort it instead. So in a read it has no other way, whatever its statistics say.
+"""
+
+
+def _local_settings(limit: Deadline, lock_timeout_ms: int, read_only: bool) -> dict[str, Any]:
+    """The server gives up a little before we do: then the connection is still good and the error says more."""
+    return {
+        "statement_timeout": str(max(1, int(limit.remaining() * 900))),
+        "lock_timeout": str(lock_timeout_ms),
+        "idle": str(IDLE_IN_TRANSACTION_MS),
+        "read_only": read_only,
+    }
+
+
+def _commit(connection: Connection) -> None:
+    """Commits, and refuses what Postgres would silently make a rollback: psycopg2 reports no error for that."""
+    if connection.invalidated:
+        raise PostgresUnavailable
+    raw: Any = connection.connection.driver_connection
+    status = raw.info.transaction_status
+    if status in (psycopg2.extensions.TRANSACTION_STATUS_INERROR, psycopg2.extensions.TRANSACTION_STATUS_IDLE):
+        raise RuntimeError("the body of a transaction swallowed a failed statement, or ended the transaction itself")
+    connection.commit()
+
+
+def _roll_back(connection: Connection) -> None:
+    """Never raises: what led here matters more."""
+    try:
+        connection.rollback()
+    except (psycopg2.Error, SQLAlchemyError):
+        connection.invalidate()
+
+
+def _give_back(connection: Connection, limit: Deadline) -> None:
+    """To the pool, unless the deadline has fired: after `release` it no longer can."""
+    if limit.release():
+        connection.invalidate()
+    connection.close()
+
+
+def _repeated(open_: Callable[[], _T], *, until: float, limit: Deadline) -> _T:
+    """The same again while Postgres is away, with growing, jittered pauses: nothing has been sent that could have had an effect."""
+    for attempt in itertools.count():
+        try:
+            return open_()
+        except (psycopg2.Error, SQLAlchemyError) as exc:
+            pause = min(2.0, 0.1 * 2**attempt) * random.uniform(0.5, 1.5)  # noqa: S311 - not a secret
+            if not _is_outage(exc) or time.monotonic() + pause > min(until, limit.at):
+                raise
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------------------
+
+
+def describe_error(exc: BaseException) -> str:
+    """Class and SQLSTATE, never data: for logs and for `dead_letter.error`."""
+    origin = _origin(exc)
+    sqlstate = getattr(origin, "pgcode", None)
+    return type(origin).__name__ + (f" {sqlstate}" if sqlstate else "")
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Driver errors leave here as what a caller can act on, and without data."""
+    try:
+        yield
+    except Exception as exc:
+        _forget_data(exc)
+        if isinstance(exc, (psycopg2.Error, SQLAlchemyError)) and _is_outage(exc):
+            raise PostgresUnavailable from exc
+        raise
+
+
+_OUTAGE_STATES = frozenset({
+    "25006",  # read-only: a standby, or a failover that is under way
+    "25P03", "25P04",  # idle too long in a transaction: psycopg2 files these under InternalError
+    "42P01", "42703",  # no such table or column: `alembic upgrade head` has not run yet
+})  # fmt: skip
+"""Beside the drivers' OperationalError, and XX (broken inside; also what proxies send for their own trouble)."""
+
+
+def _is_outage(exc: BaseException) -> bool:
+    origin = _origin(exc)
+    sqlstate = getattr(origin, "pgcode", None) or ""
+    if sqlstate.startswith("54"):
+        return False  # too large or too complex: psycopg2 files it under OperationalError, but it will not pass
+    if getattr(exc, "connection_invalidated", False) or sqlstate in _OUTAGE_STATES or sqlstate.startswith("XX"):
+        return True
+    if type(origin) is psycopg2.DatabaseError:
+        return True  # libpq had no word from the server
+    return isinstance(origin, (psycopg2.OperationalError, psycopg2.InterfaceError, PoolTimeoutError))
+
+
+def _origin(exc: BaseException) -> BaseException:
+    return exc.orig if isinstance(exc, DBAPIError) and exc.orig is not None else exc
+
+
+def _forget_data(exc: BaseException) -> None:
+    """The server's text quotes rows and COPY lines; it must not reach a log by way of a traceback. `diag` stays for the caller."""
+    seen: BaseException | None = exc
+    while seen is not None:
+        if isinstance(seen, (psycopg2.Error, DBAPIError)):
+            seen.args = (_without_data(_origin(seen)),)
+        seen = seen.__cause__ or seen.__context__
+
+
+def _without_data(origin: BaseException) -> str:
+    """What happened to a connection names no row; of what happened to a statement, only the first line of an outage does not."""
+    if not isinstance(origin, (psycopg2.OperationalError, psycopg2.InterfaceError)):
+        return describe_error(origin)
+    detail = str(origin) if origin.pgcode is None else origin.diag.message_primary or ""
+    return f"{describe_error(origin)}: {' '.join(detail.split())}"
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Postgres:
+    """An engine, and as many slots as it has connections: waiting for one is inside the deadline, which the pool's own is not."""
+
+    engine: Engine
+    slots: threading.BoundedSemaphore
+
+    @contextmanager
+    def slot(self, limit: Deadline) -> Iterator[None]:
+        if not self.slots.acquire(timeout=limit.remaining()):
+            raise PostgresUnavailable
+        try:
+            yield
+        finally:
+            self.slots.release()
+
+
+_engines: dict[tuple[int, str], _Postgres] = {}
+_engines_lock = threading.Lock()
+
+
+def engine() -> Engine:
+    """This process's engine for `DATABASE_URL`. Prefer `transaction`: only that is bounded and translated."""
+    return _postgres().engine
+
+
+def dispose() -> None:
+    """Closes this process's pooled connections: at the end of a process, or between tests."""
+    with _engines_lock:
+        for postgres in _engines.values():
+            postgres.engine.dispose()
+        _engines.clear()
+
+
+def _postgres() -> _Postgres:
+    settings = get_settings()
+    url, size = settings.database_url.get_secret_value(), settings.postgres_pool_size
+    key = (os.getpid(), url)
+    with _engines_lock:
+        if key not in _engines:
+            made = _make_engine(
+                sqlalchemy_url(url),
+                pool_size=size,
+                max_overflow=0,
+                pool_pre_ping=True,
+                pool_recycle=POOL_RECYCLE_SECONDS,
+                pool_use_lifo=True,
+            )
+            _engines[key] = _Postgres(made, threading.BoundedSemaphore(size))
+        return _engines[key]
+
+
+def _make_engine(url: URL, **options: Any) -> Engine:
+    """READ COMMITTED is part of psycopg2's BEGIN, so it is no session state; hstore would cost a question at each connect."""
+    made = create_engine(
+        url,
+        isolation_level="READ COMMITTED",
+        hide_parameters=True,
+        use_native_hstore=False,
+        connect_args={"connection_factory": _Connection},
+        **options,
+    )
+    event.listen(made, "do_connect", lambda dialect, record, args, parameters: _connect(args, {**_CONNECT, **parameters}))
+    return made
+
+
+@contextmanager
+def migration_connection() -> Iterator[Connection]:
+    """A connection of its own for Alembic, which begins and commits by itself. Waits for a database that is starting or asleep."""
+    made = _make_engine(migration_url(), poolclass=NullPool)
+    with deadline(MIGRATION_SECONDS) as limit:
+        try:
+            connection = _repeated(made.connect, until=time.monotonic() + MIGRATION_WAKE_SECONDS, limit=limit)
+        except (psycopg2.Error, SQLAlchemyError) as exc:
+            raise PostgresUnavailable(f"The database cannot be reached: {_origin(exc)}".strip()) from exc
+        try:
+            yield connection
+        finally:
+            _give_back(connection, limit)
+
+
+# --- the deadline ---------------------------------------------------------------------------------------------------------------
+
+
+class Deadline:
+    """A moment, and the sockets to shut down at that moment. Lives from `deadline()` to `release`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.at = time.monotonic() + seconds
+        self._sockets: dict[Any, socket.socket] = {}
+        self._lock = threading.Lock()
+        self._fired = False
+        self._released = False
+
+    def remaining(self) -> float:
+        return max(0.0, self.at - time.monotonic())
+
+    def watch(self, raw: Any) -> None:
+        """Also this connection ends with the deadline."""
+        with self._lock:
+            if self._fired:
+                raise psycopg2.OperationalError("the deadline of this transaction has passed")
+            if not self._released and raw not in self._sockets:
+                # The family is of no consequence to shutdown().
+                self._sockets[raw] = socket.fromfd(raw.fileno(), socket.AF_INET, socket.SOCK_STREAM)
+
+    def fire(self) -> None:
+        with self._lock:
+            if self._released:
+                return
+            self._fired = True
+            for duplicate in self._sockets.values():
+                with suppress(OSError):
+                    duplicate.shutdown(socket.SHUT_RDWR)
+
+    def release(self) -> bool:
+        """Whether it has fired; if not, it never will."""
+        with self._lock:
+            self._released = True
+            self.close_duplicates()
+            return self._fired
+
+    def close_duplicates(self) -> None:
+        for duplicate in self._sockets.values():
+            duplicate.close()
+        self._sockets.clear()
+
+
+@contextmanager
+def deadline(seconds: float) -> Iterator[Deadline]:
+    """Bounds everything that this thread says to Postgres inside the block, connecting included."""
+    limit, outer = Deadline(seconds), getattr(_thread, "deadline", None)
+    _thread.deadline = limit
+    _watchdog.add(limit)
+    try:
+        yield limit
+    finally:
+        _watchdog.remove(limit)
+        limit.release()
+        _thread.deadline = outer
+
+
+class _Watchdog:
+    """One daemon thread for all deadlines of a process, started with the first."""
+
+    def __init__(self) -> None:
+        self.limits: set[Deadline] = set()
+        self._changed = threading.Condition()
+        self._wakes_at = float("-inf")
+        self._thread: threading.Thread | None = None
+
+    def add(self, limit: Deadline) -> None:
+        with self._changed:
+            self.limits.add(limit)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="postgres-deadlines", daemon=True)
+                self._thread.start()
+            elif limit.at < self._wakes_at:
+                self._changed.notify()
+
+    def remove(self, limit: Deadline) -> None:
+        with self._changed:
+            self.limits.discard(limit)
+
+    def _run(self) -> None:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                for limit in [limit for limit in self.limits if limit.at <= now]:
+                    self.limits.discard(limit)
+                    limit.fire()
+                self._wakes_at = min((limit.at for limit in self.limits), default=float("inf"))
+                self._changed.wait(None if self._wakes_at == float("inf") else self._wakes_at - now)
+
+
+_thread = threading.local()
+_watchdog = _Watchdog()
+_connections: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]  # psycopg2 has no types
+    """Before it says anything to the server, it tells the deadline of its thread about itself."""
+
+    def __init__(self, *args: Any, **parameters: Any) -> None:
+        super().__init__(*args, **parameters)
+        _connections.add(self)
+
+    def cursor(self, *args: Any, **parameters: Any) -> Any:
+        limit = getattr(_thread, "deadline", None)
+        if limit is not None:
+            limit.watch(self)
+        return super().cursor(*args, **parameters)
+
+
+CONNECTS_MAX = 64
+"""At once and in one process. One that was abandoned counts until libpq gives it up."""
+
+_connecting = threading.BoundedSemaphore(CONNECTS_MAX)
+
+
+def _connect(args: Any, parameters: dict[str, Any]) -> Any:
+    """psycopg2.connect in a thread of its own: name servers and a list of addresses may take longer than this thread has."""
+    limit: Deadline | None = getattr(_thread, "deadline", None)
+    answer: Future[Any] = Future()
+    if not _connecting.acquire(timeout=limit.remaining() if limit else None):
+        raise psycopg2.OperationalError("too many connections are still being made")
+    threading.Thread(target=_connect_for, args=(answer, args, parameters), name="postgres-connect", daemon=True).start()
+    try:
+        return answer.result(limit.remaining() if limit else None)
+    except FutureTimeoutError:
+        if answer.cancel():
+            raise psycopg2.OperationalError("no connection before the deadline") from None
+        return answer.result()  # it came at this very moment
+
+
+def _connect_for(answer: Future[Any], args: Any, parameters: dict[str, Any]) -> None:
+    try:
+        raw = psycopg2.connect(*args, **parameters)
+    except BaseException as exc:  # noqa: BLE001 - it is raised in the thread that waits for it
+        if answer.set_running_or_notify_cancel():
+            answer.set_exception(exc)
+    else:
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(raw)
+        else:
+            raw.close()
+    finally:
+        _connecting.release()
+
+
+def _forget_parent() -> None:
+    """In a forked child: nothing of the parent's is used, and none of its sockets stays open here.
+
+    A number that libpq still believes in is pointed at /dev/null rather than closed, so that it never becomes another file's.
+    """
+    global _engines, _engines_lock, _watchdog, _connecting, _thread
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for raw in list(_connections):
+        with suppress(psycopg2.Error, OSError):
+            os.dup2(nowhere, raw.fileno(), inheritable=False)
+    os.close(nowhere)
+    for limit in _watchdog.limits:
+        limit.close_duplicates()
+    _engines, _engines_lock, _watchdog, _thread = {}, threading.Lock(), _Watchdog(), threading.local()
+    _connecting = threading.BoundedSemaphore(CONNECTS_MAX)
+    _connections.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
