@@ -1,0 +1,53 @@
+"""The Celery processes: `celery -A worker.app worker|beat|flower`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from celery.signals import setup_logging, worker_init, worker_process_init
+
+from worker import logs
+from worker.broker import make_app
+from worker.errors import ChatkeepError, ConfigurationError
+from worker.settings import Settings, get_settings
+
+
+def _settings() -> Settings:
+    try:
+        return get_settings()
+    except ConfigurationError as exc:
+        sys.exit(f"chatkeep: {exc}")
+
+
+app = make_app(_settings())
+app.set_current()
+
+
+@setup_logging.connect
+def _logs(**_: Any) -> None:
+    logs.configure(get_settings().log_level)
+    for noisy in ("celery.app.trace", "celery.worker.strategy", "celery.beat"):  # a line for each task; ours is one for each batch
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@worker_init.connect
+def _check(**_: Any) -> None:
+    """Refuses to start with another number of shards; stores that are away are no reason not to start."""
+    from worker.tasks import check_installation
+
+    try:
+        check_installation()
+    except ConfigurationError as exc:
+        sys.exit(f"chatkeep: {exc}")
+    except ChatkeepError as exc:
+        print(f"chatkeep: {exc.detail}", file=sys.stderr)  # noqa: T201 - logs may not be set up yet
+
+
+@worker_process_init.connect
+def _forked(**_: Any) -> None:
+    """A child opens its own connections: those of its parent would be shared by all children."""
+    from worker.tasks import forget_clients
+
+    forget_clients()

@@ -1,0 +1,133 @@
+"""What a message and a log entry look like as bytes: written by the API, read by the API and the worker.
+
+A message's body is the JSON that a reader gets, without what the script assigns (id, time) and what a flush changes (state).
+History is put together from these bytes; nothing decodes them on the way out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal, TypeAlias
+
+import orjson
+
+from worker.errors import BadEntry
+
+Role: TypeAlias = Literal["user", "assistant"]
+Status: TypeAlias = Literal["complete", "incomplete"]
+Kind: TypeAlias = Literal["c", "m", "r", "d"]
+"""conversation created, message, renamed, deleted"""
+
+ENTRY_OVERHEAD_BYTES = 100
+"""About what Redis needs for an entry beside its fields, in the log and in the conversation's messages together."""
+
+HASH_SQL = "left(encode(sha256(convert_to(role || chr(31) || status || chr(31) || content, 'UTF8')), 'hex'), 32)"
+_UNIX = datetime(1970, 1, 1, tzinfo=UTC)
+_YEAR_10000 = 253_402_300_800_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A message as it lies in the cache or comes from a row."""
+
+    id: int
+    microseconds: int
+    body: bytes
+
+    def public(self, committed: int) -> bytes:
+        """The Message of the contract as JSON; `committed` is the highest id that is in Postgres."""
+        state = b"committed" if self.id <= committed else b"pending"
+        return b'{"id":%d,%s,"created_at":"%s","state":"%s"}' % (self.id, self.body[1:-1], rfc3339(self.microseconds).encode(), state)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of the pending log, decoded and checked. `body` depends on `kind`; `key` is '' where there is none."""
+
+    id: int
+    kind: Kind
+    microseconds: int
+    conversation_id: int
+    user_id: int
+    key: str
+    extra: str
+    """A message: the title that it gave its conversation, or ''. A new conversation: the hash of the request."""
+    role: str = ""
+    content: str = ""
+    status: str = ""
+    title: str | None = None
+
+
+def message_body(conversation_id: int, user_id: int, role: str, content: str, status: str) -> bytes:
+    """A message's bytes, in Redis and on the wire."""
+    return orjson.dumps({"conversation_id": conversation_id, "user_id": user_id, "role": role, "content": content, "status": status})
+
+
+def conversation_body(conversation_id: int, user_id: int, title: str | None = None) -> bytes:
+    """The bytes of an entry that creates, renames or deletes a conversation."""
+    return orjson.dumps({"conversation_id": conversation_id, "user_id": user_id, "title": title})
+
+
+def request_hash(*parts: str) -> str:
+    """What tells a retry from another request under the same key. `HASH_SQL` is the same for a row of `message`."""
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
+
+
+def decode_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> Entry:
+    """Reads one entry of the log; raises `BadEntry`, which names no content, for anything that an append did not write."""
+    try:
+        body: dict[str, Any] = orjson.loads(fields[b"b"])
+        kind = fields[b"k"].decode()
+        entry = Entry(
+            id=int(entry_id.partition(b"-")[0]),
+            kind=kind,  # type: ignore[arg-type]  # checked by _check
+            microseconds=int(fields[b"t"]),
+            conversation_id=body["conversation_id"],
+            user_id=body["user_id"],
+            key=fields[b"x"].decode(),
+            extra=fields[b"a"].decode(),
+            role=body["role"] if kind == "m" else "",
+            content=body["content"] if kind == "m" else "",
+            status=body["status"] if kind == "m" else "",
+            title=None if kind in "md" else body["title"],
+        )
+    except (KeyError, TypeError, ValueError) as exc:
+        raise BadEntry(f"log entry {entry_id.decode(errors='replace')} is malformed ({type(exc).__name__})") from exc
+    if not _sound(entry):
+        raise BadEntry(f"log entry {entry_id.decode(errors='replace')} holds a value that no append writes")
+    return entry
+
+
+def _sound(entry: Entry) -> bool:
+    numbers = (entry.conversation_id, entry.user_id)
+    if not all(type(number) is int and 0 < number < 1 << 53 for number in numbers) or not 0 <= entry.microseconds < _YEAR_10000:
+        return False
+    if entry.kind == "m":
+        return type(entry.content) is str and entry.role in ("user", "assistant") and entry.status in ("complete", "incomplete")
+    if entry.kind == "r":
+        return type(entry.title) is str
+    return entry.kind == "d" or (entry.kind == "c" and (entry.title is None or type(entry.title) is str))
+
+
+def rfc3339(microseconds: int) -> str:
+    """RFC 3339 in UTC with six digits, from Unix microseconds."""
+    return (_UNIX + timedelta(microseconds=microseconds)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def to_datetime(microseconds: int) -> datetime:
+    return _UNIX + timedelta(microseconds=microseconds)
+
+
+def to_microseconds(moment: datetime) -> int:
+    return (moment - _UNIX) // timedelta(microseconds=1)
+
+
+def auto_title(content: str) -> str:
+    """A title out of the first user message: its words on one line, at most 80 characters."""
+    words = " ".join(content.strip()[:400].split())
+    if len(words) <= 80:
+        return words
+    head = words[:79]
+    return (head.rsplit(" ", 1)[0] if " " in head[40:] else head).rstrip() + "…"

@@ -1,0 +1,125 @@
+"""The names of all Redis keys, and the arithmetic of ids. Nothing else builds a key.
+
+Every key of a shard shares one hash tag, so that a Redis Cluster keeps a shard together and one script may touch all of it.
+`{s07}` below is shard 7, `<c>` a conversation's id, `<u>` a user's.
+
+Per shard, never expiring:
+
+| key | type | holds |
+| --- | --- | --- |
+| `ck:{s07}:log` | stream | the **pending log**: one entry for each thing that Postgres does not know yet, in the order of acknowledgement |
+| `ck:{s07}:clock` | string | the last tick that an id was made of; its absence means a wiped Redis (NEED_SEED) |
+| `ck:{s07}:committed` | string | every id up to here is in Postgres: decides `state` |
+| `ck:{s07}:bytes` | string | bytes that the log's entries take, for the backlog limit |
+| `ck:{s07}:wake` | string | a flush was asked for and has not begun; a lease, so that a lost task is asked for again |
+
+Per conversation, without expiry while its field `l` is not 0 (pending), else expiring `CACHE_TTL_SECONDS` after the last use:
+
+| key | type | holds |
+| --- | --- | --- |
+| `ck:{s07}:c:<c>` | hash | the conversation, see below |
+| `ck:{s07}:m:<c>` | stream | the latest messages without a gap; pending ones are never dropped |
+| `ck:{s07}:k:<c>` | hash | retry keys: key → `<message id>:<hash of the request>` |
+| `ck:{s07}:load:<c>` | string | the lease of whoever loads it from Postgres; a late loader's token no longer fits |
+| `ck:{s07}:turn:<c>` | string | the lease of the reply that is being written; its token fences the writer |
+| `ck:{s07}:reply:<c>` | stream | the events of that reply, for whoever follows it; gone a minute after the last |
+
+The conversation's fields: `u` owner, `t` title, `s` created and `a` last activity (microseconds), `m` the last message's id, `l` the last
+pending entry's id or 0, `w` 1 if the cached messages begin with the conversation's first, `k` 1 if all of its retry keys are here, `d` 1 if
+it is deleted (a tombstone).
+
+Per user:
+
+| key | type | holds |
+| --- | --- | --- |
+| `ck:{s07}:u:<u>` | sorted set | the conversations with pending entries, by the last pending entry's id |
+| `ck:{s07}:n:<u>` | hash | retry keys of created conversations: key → `<conversation id>:<created>:<hash>`; field `*`: all are here |
+| `ck:{s07}:loadu:<u>` | string | the lease of whoever loads these from Postgres |
+
+A crash of any process leaves all of it valid: each script is one step, and what was appended stays until a trim that follows its commit.
+"""
+
+from __future__ import annotations
+
+from worker.settings import SHARD_SLOTS
+
+EPOCH_MICROSECONDS = 1_767_225_600_000_000
+"""2026-01-01T00:00:00Z. Ticks count from here, so that ids stay below 2**53 until 2070."""
+TICK_MICROSECONDS = 10
+ID_LIMIT = 1 << 53
+
+SHARDS = "ck:shards"
+"""The number of shards this installation was made with; another is refused at start."""
+STATS = "ck:stats"
+"""Counters that the workers keep for /metrics."""
+
+
+def shard_of_user(user_id: int, shards: int) -> int:
+    """The shard that holds all of a user's conversations."""
+    return user_id % shards
+
+
+def shard_of_id(any_id: int) -> int:
+    """The shard that a conversation's, message's or log entry's id was made in."""
+    return any_id % SHARD_SLOTS
+
+
+def first_id_at(microseconds: int, shard: int) -> int:
+    """The lowest id that `shard` can have given at this time (Unix microseconds)."""
+    return max(0, (microseconds - EPOCH_MICROSECONDS) // TICK_MICROSECONDS) * SHARD_SLOTS + shard
+
+
+def log(shard: int) -> str:
+    return f"ck:{{s{shard:02d}}}:log"
+
+
+def clock(shard: int) -> str:
+    return f"ck:{{s{shard:02d}}}:clock"
+
+
+def committed(shard: int) -> str:
+    return f"ck:{{s{shard:02d}}}:committed"
+
+
+def backlog_bytes(shard: int) -> str:
+    return f"ck:{{s{shard:02d}}}:bytes"
+
+
+def wake(shard: int) -> str:
+    return f"ck:{{s{shard:02d}}}:wake"
+
+
+def conversation(shard: int, conversation_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:c:{conversation_id}"
+
+
+def messages(shard: int, conversation_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:m:{conversation_id}"
+
+
+def retry_keys(shard: int, conversation_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:k:{conversation_id}"
+
+
+def loading(shard: int, conversation_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:load:{conversation_id}"
+
+
+def turn(shard: int, conversation_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:turn:{conversation_id}"
+
+
+def reply(shard: int, conversation_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:reply:{conversation_id}"
+
+
+def changed(shard: int, user_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:u:{user_id}"
+
+
+def created_keys(shard: int, user_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:n:{user_id}"
+
+
+def loading_user(shard: int, user_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:loadu:{user_id}"

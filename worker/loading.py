@@ -1,0 +1,175 @@
+"""What Redis has forgotten and Postgres knows: read here, synchronously, one statement each.
+
+`worker/pending.py` installs it. Each function opens its own short transaction, so that its snapshot begins after the call
+(READ COMMITTED); whoever calls it has asked Redis before (race R1: pending first, then committed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, text
+
+from worker.codec import HASH_SQL, Stored, message_body, to_microseconds
+from worker.database import transaction
+from worker.errors import ConfigurationError
+
+RETRY_KEYS_MAX = 10_000
+"""Retry keys of a conversation that are kept in Redis; for one with more, Postgres is asked for a key that is not among them."""
+SHARD_LOCK = 0x636B
+"""The class of the advisory locks on shards ("ck")."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationState:
+    """A conversation as a reader sees it; times in Unix microseconds."""
+
+    id: int
+    user_id: int
+    title: str | None
+    created: int
+    updated: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConversation:
+    """A conversation with what is to be cached of it: the latest messages, oldest first, and its retry keys."""
+
+    state: ConversationState
+    deleted: bool
+    messages: tuple[Stored, ...]
+    whole: bool
+    retry_keys: tuple[tuple[str, str], ...]
+    all_keys: bool
+
+
+def load_conversation(conversation_id: int, user_id: int, messages_max: int, seconds: float) -> LoadedConversation | None:
+    """Everything of a conversation that the cache holds; None if this user has no such conversation."""
+    with transaction(seconds=seconds) as connection:
+        row = connection.execute(
+            text("SELECT title, created_at, updated_at, deleted_at FROM conversation WHERE id = :id AND user_id = :user"),
+            {"id": conversation_id, "user": user_id},
+        ).one_or_none()
+        if row is None:
+            return None
+        rows = connection.execute(
+            text(
+                "SELECT id, role, content, created_at, status FROM message WHERE conversation_id = :id AND user_id = :user "
+                "ORDER BY conversation_id DESC, id DESC LIMIT :count"
+            ),
+            {"id": conversation_id, "user": user_id, "count": messages_max + 1},
+        ).all()
+        keys = connection.execute(
+            text(
+                f"SELECT idempotency_key, id || ':' || {HASH_SQL} FROM message WHERE conversation_id = :id AND user_id = :user "
+                "AND idempotency_key IS NOT NULL ORDER BY conversation_id DESC, id DESC LIMIT :count"
+            ),
+            {"id": conversation_id, "user": user_id, "count": RETRY_KEYS_MAX + 1},
+        ).all()
+    state = ConversationState(conversation_id, user_id, row[0], to_microseconds(row[1]), to_microseconds(row[2]))
+    return LoadedConversation(
+        state=state,
+        deleted=row[3] is not None,
+        messages=tuple(to_stored(conversation_id, user_id, message) for message in reversed(rows[:messages_max])),
+        whole=len(rows) <= messages_max,
+        retry_keys=tuple((key, value) for key, value in keys[:RETRY_KEYS_MAX]),
+        all_keys=len(keys) <= RETRY_KEYS_MAX,
+    )
+
+
+def to_stored(conversation_id: int, user_id: int, row: Sequence[Any]) -> Stored:
+    """A row (id, role, content, created_at, status) as the bytes that an append would have made."""
+    return Stored(row[0], to_microseconds(row[3]), message_body(conversation_id, user_id, row[1], row[2], row[4]))
+
+
+def find_message(conversation_id: int, user_id: int, message_id: int, seconds: float) -> Stored | None:
+    """One committed message."""
+    with transaction(seconds=seconds) as connection:
+        row = connection.execute(
+            text(
+                "SELECT id, role, content, created_at, status FROM message "
+                "WHERE conversation_id = :conversation AND user_id = :user AND id = :id"
+            ),
+            {"conversation": conversation_id, "user": user_id, "id": message_id},
+        ).one_or_none()
+    return None if row is None else to_stored(conversation_id, user_id, row)
+
+
+def find_retry_key(conversation_id: int, user_id: int, key: str, seconds: float) -> tuple[tuple[str, str], ...]:
+    """The key with its value as the cache keeps them, and that of the reply to its message; empty if Postgres does not know the key."""
+    with transaction(seconds=seconds) as connection:
+        found = _key(connection, conversation_id, user_id, key)
+        if found is None:
+            return ()
+        reply_key = "r:" + found[1].partition(":")[0]
+        reply = _key(connection, conversation_id, user_id, reply_key)
+    return (found,) if reply is None else (found, reply)
+
+
+def _key(connection: Connection, conversation_id: int, user_id: int, key: str) -> tuple[str, str] | None:
+    value = connection.execute(
+        text(
+            f"SELECT id || ':' || {HASH_SQL} FROM message "
+            "WHERE conversation_id = :conversation AND user_id = :user AND idempotency_key = :key"
+        ),
+        {"conversation": conversation_id, "user": user_id, "key": key},
+    ).scalar_one_or_none()
+    return None if value is None else (key, value)
+
+
+def load_created_keys(user_id: int, seconds: float) -> tuple[tuple[tuple[str, str], ...], bool]:
+    """The retry keys of the conversations that a user created, the latest first, and whether these are all."""
+    with transaction(seconds=seconds) as connection:
+        rows = connection.execute(
+            text(
+                "SELECT idempotency_key, id, created_at, request_hash FROM conversation "
+                "WHERE user_id = :user AND idempotency_key IS NOT NULL ORDER BY id DESC LIMIT :count"
+            ),
+            {"user": user_id, "count": RETRY_KEYS_MAX + 1},
+        ).all()
+    pairs = tuple((key, f"{number}:{to_microseconds(created)}:{digest}") for key, number, created, digest in rows[:RETRY_KEYS_MAX])
+    return pairs, len(rows) <= RETRY_KEYS_MAX
+
+
+def find_created_key(user_id: int, key: str, seconds: float) -> tuple[str, str] | None:
+    """One such key, for a user who has more than the cache holds."""
+    with transaction(seconds=seconds) as connection:
+        row = connection.execute(
+            text("SELECT id, created_at, request_hash FROM conversation WHERE user_id = :user AND idempotency_key = :key"),
+            {"user": user_id, "key": key},
+        ).one_or_none()
+    return None if row is None else (key, f"{row[0]}:{to_microseconds(row[1])}:{row[2]}")
+
+
+def highest_id(shard: int, shards: int, seconds: float) -> int:
+    """The highest id of a shard that Postgres knows, read while no flush of it is under way.
+
+    A flush holds the shard's lock from before it reads the log until its commit, so nothing that a wiped Redis once numbered can still be
+    on its way when this returns (race R11). Notes down the number of shards at the first call; raises `ConfigurationError` for another.
+    """
+    with transaction(seconds=seconds, lock_timeout_ms=int(seconds * 1000)) as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(:class, :shard)"), {"class": SHARD_LOCK, "shard": shard})
+        connection.execute(
+            text("INSERT INTO shard (number, shards, last_id) VALUES (:number, :shards, 0) ON CONFLICT (number) DO NOTHING"),
+            {"number": shard, "shards": shards},
+        )
+        made_with, last_id = connection.execute(text("SELECT shards, last_id FROM shard WHERE number = :number"), {"number": shard}).one()
+    check_shards(made_with, shards)
+    return int(last_id)
+
+
+def shards_in_postgres(seconds: float) -> int | None:
+    """The number of shards that this installation was made with; None at the very first start."""
+    with transaction(seconds=seconds) as connection:
+        return connection.execute(text("SELECT max(shards) FROM shard")).scalar_one_or_none()
+
+
+def check_shards(made_with: int, shards: int) -> None:
+    """Raises `ConfigurationError` if a user's conversations would be looked for in another shard than they were put."""
+    if made_with != shards:
+        raise ConfigurationError(
+            f"SHARDS is {shards}, but this installation was made with {made_with}, and a user's conversations cannot change their shard. "
+            f"Set SHARDS={made_with}. To move: export the history, start an empty installation with the new number, and import it."
+        )

@@ -1,0 +1,47 @@
+-- Put before every script. Lua builds no key: all it touches comes in KEYS. Bodies are opaque bytes.
+-- Numbers stay below 2^53, where a double is exact; they are written with %.0f because tostring() rounds at 14 digits.
+
+local function int(number)
+  return string.format('%.0f', number)
+end
+
+local function server_microseconds()
+  local now = redis.call('TIME')
+  return now[1] * 1000000 + now[2]
+end
+
+-- The next id of a shard: never below what it gave before, whatever the server's clock does.
+local function next_id(last_tick, shard, microseconds)
+  local tick = math.floor((microseconds - EPOCH) / TICK)
+  if tick <= last_tick then tick = last_tick + 1 end
+  return tick * SLOTS + shard, int(tick)
+end
+
+-- Appends one entry. The XADD comes first: a script that is over `maxmemory` fails at its first growing write, before anything changed.
+-- False, and nothing written, if the log already holds a higher id (its clock is behind: seed it).
+local function append_entry(log, clock, bytes, id, tick, size, kind, microseconds, body, key, extra)
+  local added = redis.pcall('XADD', log, int(id) .. '-0', 'k', kind, 't', int(microseconds), 'b', body, 'x', key, 'a', extra)
+  if type(added) == 'table' and added.err then
+    if string.find(added.err, 'equal or smaller', 1, true) then return false end
+    error(added.err)
+  end
+  redis.call('SET', clock, tick)
+  redis.call('INCRBY', bytes, size)
+  return true
+end
+
+-- What an entry counts for in the backlog: its fields, and about what the stream and the shard's other keys add to it.
+local function entry_size(body, key, extra)
+  return #body + #key + #extra + OVERHEAD
+end
+
+-- 1 for the first entry since the last flush began: the caller then sends the flush task. Asked again when the lease runs out, because the
+-- task may be lost; the lease grows with the age of the log, so that an hour without a worker does not leave an hour of tasks.
+local function ask_for_flush(log, wake, lease_ms)
+  if redis.call('EXISTS', wake) == 1 then return 0 end
+  local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
+  local born = oldest and string.match(oldest[1], '^%d+')
+  local waited_ms = born and (server_microseconds() - EPOCH - math.floor(born / SLOTS) * TICK) / 1000 or 0
+  redis.call('SET', wake, '1', 'PX', int(math.max(lease_ms, math.min(waited_ms / 2, LONGEST_LEASE_MS))))
+  return 1
+end

@@ -1,0 +1,36 @@
+-- Appends a new conversation to the pending log.
+-- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 changed  7 created keys
+-- ARGV 1 shard  2 user  3 conversation id (reserved)  4 body  5 retry key or ''  6 request hash  7 title or ''
+--      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key
+-- Answers {'OK', id, microseconds, wake}, {'REPLAY', id, microseconds}, {'KEY_REUSED'}, {'ASK_KEY'}, {'NEED_SEED'} or {'FULL'}.
+-- Run twice with one reserved id it appends once.
+local made = redis.call('HGET', KEYS[5], 's')
+if made then return {'OK', ARGV[3], made, 0} end
+
+local key = ARGV[5]
+if key ~= '' then
+  local used = redis.call('HMGET', KEYS[7], key, '*')
+  if used[1] then
+    local id, created, hash = string.match(used[1], '^(%d+):(%d+):(.*)$')
+    if hash ~= ARGV[6] then return {'KEY_REUSED'} end
+    return {'REPLAY', id, created}
+  end
+  if not used[2] and ARGV[10] ~= '1' then return {'ASK_KEY'} end
+end
+
+local last_tick = redis.call('GET', KEYS[2])
+if not last_tick then return {'NEED_SEED'} end
+local size = entry_size(ARGV[4], key, ARGV[6])
+if tonumber(redis.call('GET', KEYS[3]) or '0') + size > tonumber(ARGV[8]) then return {'FULL'} end
+
+local now = server_microseconds()
+local entry, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
+if not append_entry(KEYS[1], KEYS[2], KEYS[3], entry, tick, size, 'c', now, ARGV[4], key, ARGV[6]) then return {'NEED_SEED'} end
+now = int(now)
+redis.call('HSET', KEYS[5], 'u', ARGV[2], 't', ARGV[7], 's', now, 'a', now, 'm', '0', 'l', int(entry), 'w', '1', 'k', '1')
+redis.call('ZADD', KEYS[6], int(entry), ARGV[3])
+if key ~= '' then
+  redis.call('HSET', KEYS[7], key, ARGV[3] .. ':' .. now .. ':' .. ARGV[6])
+end
+redis.call('PERSIST', KEYS[7])
+return {'OK', ARGV[3], now, ask_for_flush(KEYS[1], KEYS[4], ARGV[9])}

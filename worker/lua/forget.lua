@@ -1,0 +1,7 @@
+-- Drops the cached copy of a conversation of which nothing is pending, so that the next read loads it anew.
+-- KEYS 1 conversation  2 messages  3 retry keys
+-- Answers 1 if no copy is left.
+local last = redis.call('HGET', KEYS[1], 'l')
+if last and last ~= '0' then return 0 end
+redis.call('DEL', KEYS[1], KEYS[2], KEYS[3])
+return 1

@@ -1,0 +1,651 @@
+"""The pending log: how a message becomes pending (the API), and how it leaves (the worker).
+
+    accepted by the API ──append──▶ pending ──flush: fetch, persist, COMMIT──▶ committed ──trim──▶ only in Postgres, its copy may expire
+
+Who does what, and what a crash leaves:
+
+- `PendingLog` (asynchronous, API) appends and reads. One script is one step: before it nothing happened, after it everything is in the
+  append-only file, fsynced before the answer left. A lost answer is repeated with the same retry key and finds the first one.
+- `fetch` and `trim` (synchronous, worker) stand on both sides of the commit. A crash before the commit leaves the log as it was; one
+  between commit and trim leaves entries that the next flush inserts again, to no effect, and trims.
+- A conversation that Redis does not know is loaded from Postgres under a lease. While any of it is pending none of its keys expires, so
+  an unknown conversation has nothing pending.
+
+The keys are described in `worker/keys.py`. Raw answers of Redis do not leave this file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import structlog
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import RedisError
+
+from worker import keys, loading
+from worker.codec import ENTRY_OVERHEAD_BYTES, Role, Status, Stored, auto_title, conversation_body, message_body, request_hash
+from worker.errors import BacklogFull, ChatkeepError, KeyReused, NotFound, RedisUnavailable, TurnRunning
+from worker.loading import ConversationState
+from worker.scripts import LONGEST_LEASE_MS, Argument, AsyncScripts, run, translate
+from worker.settings import Settings
+from worker.threads import DatabaseThreads
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+WAKE_LEASE_MS = 3000
+"""How long a flush that was asked for may stay away before the next append or sweep asks again (its task may be lost)."""
+TURN_LEASE_MS = 15_000
+LOAD_LEASE_MS = 2500
+"""Longer than a load may take (`postgres_timeout_seconds`): a loader that is later than this finds its lease gone."""
+ANSWER_WITHIN_SECONDS = 1.9
+"""Whatever cannot be answered in 2 s is refused."""
+EXTRA_TTL_SECONDS = 60
+"""What hangs on a conversation outlives it, so that a known conversation never lacks its messages."""
+_FETCH_PAGE = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """An acknowledged message. `replayed`: a retry, this is the first answer. `reply_id`: the reply that it already has, if any."""
+
+    message: Stored
+    committed: int
+    replayed: bool
+    reply_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Created:
+    """An acknowledged new conversation, as it was at first."""
+
+    conversation: ConversationState
+    replayed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class CachedPage:
+    """What Redis knows of a conversation and of one page, at one instant.
+
+    `messages` are the nearest to the asked-for end: newest first for 'before', oldest first for 'after'. `first_id` is the oldest cached
+    message, below which only Postgres knows; `whole` says that there is nothing below it.
+    """
+
+    conversation: ConversationState
+    messages: tuple[Stored, ...]
+    first_id: int | None
+    last_id: int
+    whole: bool
+    committed: int
+
+
+class PendingLog:
+    """The API's side of the log. One for a process; `start` before use, `close` after."""
+
+    def __init__(
+        self, client: AsyncRedis, settings: Settings, wake: Callable[[int], None], check_durability: Callable[[], None] = lambda: None
+    ) -> None:
+        self._client = client
+        self._settings = settings
+        self._wake = wake
+        self._check_durability = check_durability
+        self._scripts = AsyncScripts(client, settings.redis_timeout_seconds)
+        self.threads = DatabaseThreads(settings.postgres_pool_size, settings.postgres_timeout_seconds)
+        self._seconds = settings.postgres_timeout_seconds
+        self._backlog = _Backlog(client, settings)
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begins to watch the backlog of the other shards."""
+        self._spawn(self._backlog.watch())
+
+    async def close(self) -> None:
+        """Ends the background work; what was sent to Redis is waited for (it has its time-out)."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await self._scripts.close()
+        self.threads.close()
+
+    # Writes
+
+    async def append(
+        self,
+        user_id: int,
+        conversation_id: int,
+        role: Role,
+        content: str,
+        *,
+        status: Status = "complete",
+        key: str | None = None,
+        turn: str | None = None,
+    ) -> Appended:
+        """Appends a message; returns when it is fsynced.
+
+        `key` is a retry key as it is stored (`client_key` or `reply_key` made it). `turn`: a new token to take the turn with.
+        Raises `NotFound`, `KeyReused`, `TurnRunning`, `BacklogFull`, `NotDurable`, `RedisUnavailable` (the outcome is unknown),
+        `PostgresUnavailable` (only for a conversation that Redis does not know).
+        """
+        shard = self._shard(user_id, conversation_id)
+        body = message_body(conversation_id, user_id, role, content, status)
+        script_keys = [
+            *self._log_keys(shard),
+            *self._conversation_keys(shard, conversation_id),
+            keys.changed(shard, user_id),
+            keys.committed(shard),
+            keys.turn(shard, conversation_id),
+        ]
+        digest = request_hash(role, status, content)
+        title = auto_title(content) if role == "user" else ""
+        asked = ""
+
+        async def attempt() -> Appended | None:
+            nonlocal asked
+            limit = self._backlog.limit(shard)
+            answer = await self._scripts.run(
+                "append",
+                script_keys,
+                [shard, user_id, conversation_id, body, key or "", digest, title, limit, WAKE_LEASE_MS, asked, turn or "", TURN_LEASE_MS],
+            )
+            if answer[0] == b"OK":
+                self._woken(shard, answer[3])
+                return Appended(Stored(int(answer[1]), int(answer[2]), body), int(answer[4]), replayed=False)
+            if answer[0] == b"REPLAY":
+                stored = _stored(answer[3][0]) if answer[3] else await self._committed(conversation_id, user_id, int(answer[1]))
+                return Appended(stored, int(answer[2]), replayed=True, reply_id=int(answer[4]) if answer[4] else None)
+            if answer[0] == b"ASK_KEY" and key:
+                await self._ask_key(shard, conversation_id, user_id, key)
+                asked = "1"
+            else:
+                await self._prepare(answer[0], shard, user_id, conversation_id)
+            return None
+
+        return await self._until_done(attempt)
+
+    async def create(self, user_id: int, title: str | None, *, key: str | None = None) -> Created:
+        """Appends a new conversation; raises as `append` does. A known key answers what was created first."""
+        shard = keys.shard_of_user(user_id, self._settings.shards)
+        digest = request_hash("conversation", "\x00" if title is None else title)
+        reserved: int | None = None
+        asked = ""
+
+        async def attempt() -> Created | None:
+            nonlocal reserved, asked
+            if reserved is None:
+                answer = await self._scripts.run("reserve", [keys.clock(shard)], [shard])
+                if answer[0] != b"OK":
+                    await self._prepare(answer[0], shard, user_id, None)
+                    return None
+                reserved = int(answer[1])
+            answer = await self._scripts.run(
+                "create",
+                [
+                    *self._log_keys(shard),
+                    keys.conversation(shard, reserved),
+                    keys.changed(shard, user_id),
+                    keys.created_keys(shard, user_id),
+                ],
+                [
+                    *(shard, user_id, reserved, conversation_body(reserved, user_id, title), key or "", digest, title or ""),
+                    *(self._backlog.limit(shard), WAKE_LEASE_MS, asked),
+                ],
+            )
+            if answer[0] in (b"OK", b"REPLAY"):
+                if answer[0] == b"OK":
+                    self._woken(shard, answer[3])
+                created = ConversationState(int(answer[1]), user_id, title, int(answer[2]), int(answer[2]))
+                return Created(created, replayed=answer[0] == b"REPLAY")
+            if answer[0] == b"ASK_KEY" and key:
+                asked = await self._load_created_keys(shard, user_id, key)
+            else:
+                await self._prepare(answer[0], shard, user_id, None)
+            return None
+
+        return await self._until_done(attempt)
+
+    async def rename(self, user_id: int, conversation_id: int, title: str) -> ConversationState:
+        """Appends a new title; raises as `append` does."""
+        shard = self._shard(user_id, conversation_id)
+        body = conversation_body(conversation_id, user_id, title)
+        script_keys = [*self._log_keys(shard), *self._conversation_keys(shard, conversation_id), keys.changed(shard, user_id)]
+
+        async def attempt() -> ConversationState | None:
+            arguments: list[Argument] = [shard, user_id, conversation_id, body, title, self._backlog.limit(shard), WAKE_LEASE_MS]
+            answer = await self._scripts.run("rename", script_keys, arguments)
+            if answer[0] == b"OK":
+                self._woken(shard, answer[3])
+                return ConversationState(conversation_id, user_id, title, int(answer[1]), int(answer[2]))
+            await self._prepare(answer[0], shard, user_id, conversation_id)
+            return None
+
+        return await self._until_done(attempt)
+
+    async def delete(self, user_id: int, conversation_id: int) -> None:
+        """Appends a deletion; from its acknowledgement on nobody finds the conversation. Raises as `append` does."""
+        shard = self._shard(user_id, conversation_id)
+        body = conversation_body(conversation_id, user_id)
+        script_keys = [
+            *self._log_keys(shard),
+            *self._conversation_keys(shard, conversation_id),
+            keys.changed(shard, user_id),
+            keys.turn(shard, conversation_id),
+        ]
+
+        async def attempt() -> bool | None:
+            answer = await self._scripts.run("delete", script_keys, [shard, user_id, conversation_id, body, WAKE_LEASE_MS])
+            if answer[0] == b"OK":
+                self._woken(shard, answer[1])
+                return True
+            await self._prepare(answer[0], shard, user_id, conversation_id)
+            return None
+
+        await self._until_done(attempt)
+
+    async def keep_turn(self, user_id: int, conversation_id: int, token: str) -> bool:
+        """Prolongs the lease on a turn; False if it is no longer the caller's."""
+        return await self._turn(user_id, conversation_id, token, TURN_LEASE_MS)
+
+    async def end_turn(self, user_id: int, conversation_id: int, token: str) -> bool:
+        """Gives the turn back; False if it was no longer the caller's."""
+        return await self._turn(user_id, conversation_id, token, 0)
+
+    # Reads
+
+    async def read(
+        self, user_id: int, conversation_id: int, direction: Literal["before", "after"] | None, from_id: int | None, count: int
+    ) -> CachedPage | None:
+        """What Redis knows; None if it does not know the conversation (then Postgres is to be asked, and nothing of it is pending).
+
+        Raises `NotFound` for what is deleted or somebody else's, and `RedisUnavailable`.
+        """
+        shard = self._shard(user_id, conversation_id)
+        conversation, messages, retry_keys = self._conversation_keys(shard, conversation_id)
+        start = "" if from_id is None else from_id
+        answer = await self._scripts.run("read", [conversation, messages, keys.committed(shard)], [user_id, direction or "", start, count])
+        if answer[0] == b"NOT_FOUND":
+            raise NotFound()
+        if answer[0] == b"UNKNOWN":
+            self._spawn(self._load(shard, user_id, conversation_id))
+            return None
+        title, created, updated, last_id, whole = answer[1]
+        ttl = self._settings.cache_ttl_seconds
+        if 0 < answer[2] < ttl * 500:  # half of it is gone: a use prolongs it, but not every read should be a write
+            self._spawn(self._touch([conversation, messages, retry_keys]))
+        return CachedPage(
+            conversation=ConversationState(conversation_id, user_id, title.decode() or None, int(created), int(updated)),
+            messages=tuple(_stored(entry) for entry in answer[4]),
+            first_id=int(answer[5].partition(b"-")[0]) if answer[5] else None,
+            last_id=int(last_id),
+            whole=whole == b"1",
+            committed=int(answer[3]),
+        )
+
+    async def changed(self, user_id: int) -> dict[int, ConversationState | None]:
+        """The user's conversations with pending entries as they are now; None for a deleted one."""
+        shard = keys.shard_of_user(user_id, self._settings.shards)
+        try:
+            async with asyncio.timeout(self._settings.redis_timeout_seconds):
+                members: Any = await self._client.zrange(keys.changed(shard, user_id), 0, -1)
+                ids = [int(member) for member in members]
+                if not ids:
+                    return {}
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for number in ids:
+                        pipeline.hmget(keys.conversation(shard, number), "u", "t", "s", "a", "d")
+                    rows = await pipeline.execute()
+        except TimeoutError as exc:
+            raise RedisUnavailable() from exc
+        except RedisError as exc:
+            raise translate(exc) from exc
+        return {number: _state(number, user_id, row) for number, row in zip(ids, rows, strict=True) if row[0] == b"%d" % user_id}
+
+    # What stands behind them
+
+    async def _until_done(self, attempt: Callable[[], Awaitable[T | None]]) -> T:
+        self._check_durability()
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
+                while (result := await attempt()) is None:
+                    pass
+        except TimeoutError as exc:
+            raise RedisUnavailable() from exc
+        self._check_durability()  # the write may have opened a connection to a server that came back with other settings
+        return result
+
+    async def _prepare(self, answer: bytes, shard: int, user_id: int, conversation_id: int | None) -> None:
+        """Does what a script's answer asks for, so that it can be run again; raises if there is nothing to be done."""
+        if answer == b"NOT_FOUND":
+            raise NotFound()
+        if answer == b"KEY_REUSED":
+            raise KeyReused()
+        if answer == b"TURN_RUNNING":
+            raise TurnRunning()
+        if answer == b"FULL":
+            raise BacklogFull()
+        if answer == b"NEED_SEED":
+            await self._seed(shard)
+        elif answer == b"UNKNOWN" and conversation_id is not None:
+            await self._load(shard, user_id, conversation_id)
+        else:
+            raise RuntimeError(f"a script answered {answer!r}")
+
+    async def _seed(self, shard: int) -> None:
+        highest = await self.threads.run(partial(loading.highest_id, shard, self._settings.shards, self._seconds))
+        await self._scripts.run("seed", [keys.clock(shard), keys.committed(shard), keys.log(shard)], [highest])
+        log.warning("shard clock seeded", shard=shard, highest_id=highest)
+
+    async def _load(self, shard: int, user_id: int, conversation_id: int) -> None:
+        """Installs a conversation from Postgres, or waits a little for whoever is at it; raises `NotFound` if this user has none such."""
+        async with self._lease(keys.loading(shard, conversation_id)) as token:
+            if token is None:
+                return
+            work = partial(loading.load_conversation, conversation_id, user_id, self._settings.cache_messages_max, self._seconds)
+            loaded = await self.threads.run(work)
+            if loaded is None:
+                raise NotFound()
+            ttl = self._settings.cache_ttl_seconds
+            state = loaded.state
+            arguments: list[Argument] = [token, ttl, ttl + EXTRA_TTL_SECONDS, user_id, state.title or "", state.created, state.updated]
+            arguments += [loaded.messages[-1].id if loaded.messages else 0, int(loaded.whole), int(loaded.all_keys), int(loaded.deleted)]
+            arguments.append(len(loaded.messages))
+            for message in loaded.messages:
+                arguments += [message.id, message.microseconds, message.body]
+            for pair in loaded.retry_keys:
+                arguments += pair
+            lease = keys.loading(shard, conversation_id)
+            await self._scripts.run("load", [*self._conversation_keys(shard, conversation_id), lease], arguments)
+
+    async def _load_created_keys(self, shard: int, user_id: int, key: str) -> str:
+        """Answers '1' if Postgres was asked for the key, '' if somebody else was at it."""
+        async with self._lease(keys.loading_user(shard, user_id)) as token:
+            if token is None:
+                return ""
+            pairs, complete = await self.threads.run(partial(loading.load_created_keys, user_id, self._seconds))
+            if not complete and key not in dict(pairs):
+                found = await self.threads.run(partial(loading.find_created_key, user_id, key, self._seconds))
+                pairs = pairs if found is None else (*pairs, found)
+            ttl = self._settings.cache_ttl_seconds + EXTRA_TTL_SECONDS
+            arguments: list[Argument] = [token, ttl, int(complete)]
+            for pair in pairs:
+                arguments += pair
+            script_keys = [keys.created_keys(shard, user_id), keys.loading_user(shard, user_id), keys.changed(shard, user_id)]
+            await self._scripts.run("load_user", script_keys, arguments)
+        return "1"
+
+    async def _ask_key(self, shard: int, conversation_id: int, user_id: int, key: str) -> None:
+        pairs = await self.threads.run(partial(loading.find_retry_key, conversation_id, user_id, key, self._seconds))
+        if pairs:
+            conversation, _, retry_keys = self._conversation_keys(shard, conversation_id)
+            await self._scripts.run("remember", [conversation, retry_keys], [part for pair in pairs for part in pair])
+
+    async def _committed(self, conversation_id: int, user_id: int, message_id: int) -> Stored:
+        stored = await self.threads.run(partial(loading.find_message, conversation_id, user_id, message_id, self._seconds))
+        if stored is None:
+            raise NotFound()
+        return stored
+
+    async def _turn(self, user_id: int, conversation_id: int, token: str, lease_ms: int) -> bool:
+        shard = self._shard(user_id, conversation_id)
+        return bool(await self._scripts.run("turn", [keys.turn(shard, conversation_id)], [token, lease_ms]))
+
+    async def _touch(self, script_keys: Sequence[str]) -> None:
+        ttl = self._settings.cache_ttl_seconds
+        await self._scripts.run("touch", script_keys, [ttl, ttl + EXTRA_TTL_SECONDS])
+
+    @asynccontextmanager
+    async def _lease(self, key: str) -> AsyncIterator[str | None]:
+        """A lease that only one loader holds; None (after a short wait) if another does."""
+        token = secrets.token_hex(8)
+        try:
+            async with asyncio.timeout(self._settings.redis_timeout_seconds):
+                taken = await self._client.set(key, token, nx=True, px=LOAD_LEASE_MS)
+        except TimeoutError as exc:
+            raise RedisUnavailable() from exc
+        except RedisError as exc:
+            raise translate(exc) from exc
+        if not taken:
+            await asyncio.sleep(0.02)
+            yield None
+            return
+        try:
+            yield token
+        except ChatkeepError:
+            await self._scripts.run("turn", [key], [token, 0])  # the same "end it if it is mine"
+            raise
+
+    def _shard(self, user_id: int, conversation_id: int) -> int:
+        shard = keys.shard_of_user(user_id, self._settings.shards)
+        if keys.shard_of_id(conversation_id) != shard:
+            raise NotFound()
+        return shard
+
+    @staticmethod
+    def _log_keys(shard: int) -> list[str]:
+        return [keys.log(shard), keys.clock(shard), keys.backlog_bytes(shard), keys.wake(shard)]
+
+    @staticmethod
+    def _conversation_keys(shard: int, conversation_id: int) -> list[str]:
+        return [
+            keys.conversation(shard, conversation_id),
+            keys.messages(shard, conversation_id),
+            keys.retry_keys(shard, conversation_id),
+        ]
+
+    def _woken(self, shard: int, asked: int) -> None:
+        if asked:
+            self._wake(shard)
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(_quietly(work))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+class _Backlog:
+    """How much the shards hold. A script sees its own shard exactly; the others are as they were a moment ago."""
+
+    def __init__(self, client: AsyncRedis, settings: Settings) -> None:
+        self._client = client
+        self._max = settings.pending_bytes_max
+        self._bytes = [0] * settings.shards
+
+    def limit(self, shard: int) -> int:
+        """What this shard may hold now, in bytes."""
+        return self._max - (sum(self._bytes) - self._bytes[shard])
+
+    async def watch(self) -> None:
+        """Looks every half second; keeps the last figures while Redis is away (then nothing is appended either)."""
+        while True:
+            try:
+                async with self._client.pipeline(transaction=False) as pipeline:
+                    for shard in range(len(self._bytes)):
+                        pipeline.get(keys.backlog_bytes(shard))
+                    self._bytes = [int(value or 0) for value in await pipeline.execute()]
+            except (RedisError, OSError) as exc:
+                log.warning("backlog unknown", error=type(exc).__name__)
+            await asyncio.sleep(0.5)
+
+
+async def _quietly(work: Awaitable[None]) -> None:
+    """Background work serves later requests; when it fails, they do it themselves and report it."""
+    try:
+        await work
+    except ChatkeepError as exc:
+        log.info("background work failed", error=type(exc).__name__)
+
+
+def client_key(key: str) -> str:
+    """How a client's Idempotency-Key is stored; it can never meet a reply's."""
+    return "k:" + key
+
+
+def reply_key(user_message_id: int) -> str:
+    """The retry key of a reply: one message has one reply, whoever writes it."""
+    return f"r:{user_message_id}"
+
+
+def _stored(entry: Any) -> Stored:
+    entry_id, fields = entry  # fields: b't', microseconds, b'b', body
+    return Stored(int(entry_id.partition(b"-")[0]), int(fields[1]), fields[3])
+
+
+def _state(number: int, user_id: int, row: Sequence[Any]) -> ConversationState | None:
+    if row[4] == b"1":
+        return None
+    return ConversationState(number, user_id, row[1].decode() or None, int(row[2]), int(row[3]))
+
+
+# The worker's side
+
+
+@dataclass(frozen=True, slots=True)
+class RawEntry:
+    """An entry of the log as it lies there; `size` is what it counts for in the backlog."""
+
+    id: bytes
+    fields: dict[bytes, bytes]
+
+    @property
+    def size(self) -> int:
+        return sum(len(self.fields.get(name, b"")) for name in (b"b", b"x", b"a")) + ENTRY_OVERHEAD_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A message that was committed under another id: its copy must leave the cache."""
+
+    conversation_id: int
+    message_id: int
+    key: str
+
+
+def clear_wake(client: Redis, shard: int) -> None:
+    """What is appended from now on asks for another flush. Before the lock is tried: whoever holds it looks at this after its commit."""
+    _call(lambda: client.delete(keys.wake(shard)))
+
+
+def has_entries(client: Redis, shard: int) -> bool:
+    """Whether anything is pending in a shard."""
+    return bool(_call(lambda: client.xlen(keys.log(shard))))
+
+
+def fetch(client: Redis, shard: int, entries_max: int, bytes_max: int) -> list[RawEntry]:
+    """The oldest entries of a shard, in order; at least one if there is any. Call it only while holding the shard's lock."""
+    entries: list[RawEntry] = []
+    start, size = "-", 0
+    while len(entries) < entries_max and size < bytes_max:
+        count = min(_FETCH_PAGE, entries_max - len(entries))
+        page: list[tuple[bytes, dict[bytes, bytes]]] = _call(
+            partial(client.execute_command, "XRANGE", keys.log(shard), start, "+", "COUNT", count)
+        )
+        entries += (RawEntry(entry_id, fields) for entry_id, fields in page)
+        if len(page) < count:
+            break
+        size += sum(entry.size for entry in entries[-len(page) :])
+        start = "(" + entries[-1].id.decode()
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    """What a trim left behind."""
+
+    entries_left: int
+    flush_asked: bool
+
+
+def trim(
+    client: Redis,
+    shard: int,
+    entries: Sequence[RawEntry],
+    conversations: Sequence[tuple[int, int]],
+    withdrawn: Sequence[Withdrawn],
+    *,
+    ttl_seconds: int,
+    messages_kept: int,
+) -> Trimmed:
+    """Removes these committed entries, and lets what they touched expire. `conversations` are (id, user id). Safe to run again."""
+    position = {conversation: i + 1 for i, (conversation, _) in enumerate(conversations)}
+    script_keys = [keys.log(shard), keys.committed(shard), keys.backlog_bytes(shard), keys.wake(shard)]
+    for conversation_id, user_id in conversations:
+        script_keys += [
+            *PendingLog._conversation_keys(shard, conversation_id),
+            keys.changed(shard, user_id),
+            keys.created_keys(shard, user_id),
+        ]
+    arguments: list[Argument] = [ttl_seconds, ttl_seconds + EXTRA_TTL_SECONDS, messages_kept, len(entries), len(conversations)]
+    arguments += [entry.id for entry in entries]
+    arguments += [entry.size for entry in entries]
+    arguments += [conversation_id for conversation_id, _ in conversations]
+    for gone in withdrawn:
+        arguments += [position[gone.conversation_id], gone.message_id, gone.key]
+    left, asked = run(client, "trim", script_keys, arguments)
+    return Trimmed(int(left), bool(asked))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardBacklog:
+    """What a shard holds; ages in seconds by Redis's own clock."""
+
+    shard: int
+    entries: int
+    bytes: int
+    oldest_age_seconds: float
+
+
+def backlog(client: Redis, shards: int) -> list[ShardBacklog]:
+    """The state of every shard's log."""
+
+    def ask() -> list[Any]:
+        pipeline = client.pipeline(transaction=False)
+        pipeline.time()
+        for shard in range(shards):
+            pipeline.xlen(keys.log(shard))
+            pipeline.get(keys.backlog_bytes(shard))
+            pipeline.xrange(keys.log(shard), "-", "+", 1)
+        return list(pipeline.execute())
+
+    (seconds, microseconds), *answers = _call(ask)
+    now = seconds * 1_000_000 + microseconds
+    found = []
+    for shard in range(shards):
+        length, size, oldest = answers[3 * shard : 3 * shard + 3]
+        age = max(0, now - int(oldest[0][1].get(b"t", now))) / 1e6 if oldest else 0.0
+        found.append(ShardBacklog(shard, length, int(size or 0), age))
+    return found
+
+
+def ask_for_flush(client: Redis, shard: int, oldest_age_seconds: float) -> bool:
+    """True if no flush of this shard is on its way: the caller then sends one. The lease grows as in `lua/common.lua`."""
+    lease_ms = max(WAKE_LEASE_MS, min(int(oldest_age_seconds * 500), LONGEST_LEASE_MS))
+    return bool(_call(lambda: client.set(keys.wake(shard), "1", nx=True, px=lease_ms)))
+
+
+def made_with_shards(client: Redis) -> int | None:
+    """The number of shards that was written down at the first start."""
+    value = _call(lambda: client.get(keys.SHARDS))
+    return None if value is None else int(value)
+
+
+def note_shards(client: Redis, shards: int) -> None:
+    """Writes the number of shards down, once."""
+    _call(lambda: client.set(keys.SHARDS, shards, nx=True))
+
+
+def hold_flushes(client: Redis, shard: int, milliseconds: int) -> None:
+    """Keeps appends and sweeps from asking for a flush for a while: Postgres is away."""
+    _call(lambda: client.set(keys.wake(shard), "0", px=milliseconds))
+
+
+def _call(command: Callable[[], T]) -> T:
+    try:
+        return command()
+    except RedisError as exc:
+        raise translate(exc) from exc

@@ -1,0 +1,258 @@
+"""How a batch gets from the log into Postgres: the body of the transaction between `fetch` and `trim`.
+
+Everything here can be repeated: ids were assigned at the acknowledgement, so a second insert finds the first. A bad row never blocks its
+shard and never takes its neighbours along: the batch is halved under savepoints until the row is alone, and that goes, readable, into
+`dead_letter` in the same transaction. An outage is not a bad row: it ends the transaction, and the log keeps all of it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import psycopg2
+from psycopg2.extensions import cursor as Cursor
+from psycopg2.extras import execute_values
+
+from worker.codec import Entry, decode_entry, to_datetime
+from worker.errors import BadEntry
+from worker.loading import SHARD_LOCK
+from worker.pending import RawEntry, Withdrawn
+
+_STAGE = """
+CREATE TEMP TABLE stage (
+    id bigint, conversation_id bigint, user_id bigint, role text, content text, created_at timestamptz, status text, idempotency_key text
+) ON COMMIT DROP
+"""
+_COLUMNS = "id, conversation_id, user_id, role, content, created_at, status, idempotency_key"
+
+
+@dataclass(slots=True)
+class Persisted:
+    """What a batch came to. `conversations` are (id, user id), each once."""
+
+    messages: int = 0
+    dead: int = 0
+    conversations: dict[int, int] = field(default_factory=dict)
+    withdrawn: list[Withdrawn] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Dead:
+    """An entry that Postgres cannot take; `reason` and `error` name no content."""
+
+    entry: RawEntry
+    reason: str
+    error: str = ""
+
+
+def try_lock(cursor: Cursor, shard: int) -> bool:
+    """Takes the shard's lock for the rest of the transaction, or says that somebody else has it.
+
+    The log is read only after this, so a flusher that was stalled holds nothing stale: its transaction, and the lock with it, is ended by
+    the server, and what it read is read again by the next one.
+    """
+    cursor.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", (SHARD_LOCK, shard))
+    return bool(cursor.fetchone()[0])
+
+
+def persist_batch(cursor: Cursor, shard: int, shards: int, batch: Sequence[RawEntry]) -> Persisted:
+    """Writes a batch, in the log's order; the caller commits. Raises psycopg2's errors for anything but bad rows."""
+    done = Persisted()
+    decoded: list[tuple[RawEntry, Entry]] = []
+    dead: list[_Dead] = []
+    for raw in batch:
+        try:
+            decoded.append((raw, decode_entry(raw.id, raw.fields)))
+        except BadEntry as exc:
+            dead.append(_Dead(raw, "malformed", type(exc.__cause__).__name__ if exc.__cause__ else ""))
+    cursor.execute(_STAGE)
+    dead += _apply_or_halve(cursor, decoded, done)
+    _bury(cursor, shard, dead)
+    done.dead = len(dead)
+    if decoded:
+        cursor.execute(
+            "INSERT INTO shard (number, shards, last_id) VALUES (%s, %s, %s) "
+            "ON CONFLICT (number) DO UPDATE SET last_id = GREATEST(shard.last_id, EXCLUDED.last_id)",
+            (shard, shards, decoded[-1][1].id),
+        )
+    return done
+
+
+def _apply_or_halve(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Persisted) -> list[_Dead]:
+    if not entries:
+        return []
+    cursor.execute("SAVEPOINT part")
+    try:
+        part = Persisted()
+        dead = _apply(cursor, entries, part)
+    except (psycopg2.DataError, psycopg2.IntegrityError, OverflowError) as exc:
+        cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
+        if len(entries) == 1:
+            return [_Dead(entries[0][0], "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
+        middle = len(entries) // 2
+        return _apply_or_halve(cursor, entries[:middle], done) + _apply_or_halve(cursor, entries[middle:], done)
+    cursor.execute("RELEASE SAVEPOINT part")
+    done.messages += part.messages
+    done.conversations |= part.conversations
+    done.withdrawn += part.withdrawn
+    return dead
+
+
+def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Persisted) -> list[_Dead]:
+    """Conversations before messages; of a conversation that is deleted, nothing comes back."""
+    _insert_conversations(cursor, [entry for _, entry in entries if entry.kind == "c"])
+    cursor.execute(
+        "SELECT id, user_id, deleted_at IS NOT NULL FROM conversation WHERE id = ANY(%s)",
+        (list({entry.conversation_id for _, entry in entries}),),
+    )
+    owners: dict[int, int] = {}
+    gone: set[int] = set()
+    for number, user_id, deleted in cursor.fetchall():
+        owners[number] = user_id
+        if deleted:
+            gone.add(number)
+    dead: list[_Dead] = []
+    messages: dict[int, tuple[RawEntry, Entry]] = {}
+    titles: dict[int, str] = {}
+    activity: dict[int, datetime] = {}
+    deletions: dict[int, datetime] = {}
+    for raw, entry in entries:
+        number = entry.conversation_id
+        if owners.get(number) != entry.user_id:
+            dead.append(_Dead(raw, "no_conversation"))
+            continue
+        done.conversations[number] = entry.user_id
+        if number in gone:
+            continue
+        if entry.kind == "m":
+            messages[entry.id] = raw, entry
+            activity[number] = to_datetime(entry.microseconds)
+            if entry.extra:
+                titles[number] = entry.extra
+        elif entry.kind == "r" and entry.title is not None:
+            titles[number] = entry.title
+        elif entry.kind == "d":
+            deletions[number] = to_datetime(entry.microseconds)
+    kept = {number: pair for number, pair in messages.items() if pair[1].conversation_id not in deletions}
+    dead += _insert_messages(cursor, kept, done)
+    _update_conversations(cursor, titles, activity)
+    _delete_conversations(cursor, deletions)
+    return dead
+
+
+def _insert_conversations(cursor: Cursor, created: Sequence[Entry]) -> None:
+    if not created:
+        return
+    rows = [(e.conversation_id, e.user_id, e.title, *(to_datetime(e.microseconds),) * 2, e.key or None, e.extra) for e in created]
+    statement = (
+        "INSERT INTO conversation (id, user_id, title, created_at, updated_at, idempotency_key, request_hash) VALUES %s "
+        "ON CONFLICT {} DO NOTHING"
+    )
+    execute_values(cursor, statement.format(""), rows, page_size=len(rows))
+    if cursor.rowcount < len(rows):
+        # Replays; or its retry key belongs to another one, which Redis should have known. It was acknowledged: it is kept, without the key.
+        execute_values(cursor, statement.format("(id)"), [(*row[:5], None, None) for row in rows], page_size=len(rows))
+
+
+def _insert_messages(cursor: Cursor, messages: dict[int, tuple[RawEntry, Entry]], done: Persisted) -> list[_Dead]:
+    if not messages:
+        return []
+    cursor.execute("TRUNCATE stage")
+    cursor.copy_expert(f"COPY stage ({_COLUMNS}) FROM STDIN", io.BytesIO(_copy_text(entry for _, entry in messages.values())))
+    cursor.execute(f"INSERT INTO message ({_COLUMNS}) SELECT {_COLUMNS} FROM stage ON CONFLICT DO NOTHING")
+    done.messages = cursor.rowcount
+    if cursor.rowcount == len(messages):
+        return []
+    # Left out: told apart. The same again is a replay, and no row comes back for it.
+    cursor.execute(
+        """
+        SELECT s.id, m.id IS NOT NULL, k.id, (k.role, k.status, k.content) IS NOT DISTINCT FROM (s.role, s.status, s.content)
+        FROM stage s
+        LEFT JOIN message m ON m.conversation_id = s.conversation_id AND m.id = s.id
+        LEFT JOIN message k ON k.conversation_id = s.conversation_id AND k.idempotency_key = s.idempotency_key AND k.id <> s.id
+        WHERE m.id IS NULL OR (m.user_id, m.role, m.status, m.content) IS DISTINCT FROM (s.user_id, s.role, s.status, s.content)
+        """
+    )
+    dead = []
+    for number, same_id, key_id, same_request in cursor.fetchall():
+        raw, entry = messages[number]
+        if same_id:
+            dead.append(_Dead(raw, "id_conflict"))
+        elif key_id is not None and not same_request:
+            dead.append(_Dead(raw, "key_conflict"))
+        elif key_id is None:
+            dead.append(_Dead(raw, "not_inserted"))
+        done.withdrawn.append(Withdrawn(entry.conversation_id, entry.id, entry.key))
+    return dead
+
+
+def _update_conversations(cursor: Cursor, titles: dict[int, str], activity: dict[int, datetime]) -> None:
+    touched = sorted(titles.keys() | activity.keys())
+    if not touched:
+        return
+    execute_values(
+        cursor,
+        "UPDATE conversation c SET updated_at = GREATEST(c.updated_at, v.updated_at), title = COALESCE(v.title, c.title) "
+        "FROM (VALUES %s) AS v (id, updated_at, title) WHERE c.id = v.id AND c.deleted_at IS NULL",
+        [(number, activity.get(number), titles.get(number)) for number in touched],
+        template="(%s, %s::timestamptz, %s::text)",
+        page_size=len(touched),
+    )
+
+
+def _delete_conversations(cursor: Cursor, deletions: dict[int, datetime]) -> None:
+    """The row stays as a tombstone, without its title: what the person wrote is gone."""
+    if not deletions:
+        return
+    execute_values(
+        cursor,
+        "UPDATE conversation c SET deleted_at = v.deleted_at, title = NULL FROM (VALUES %s) AS v (id, deleted_at) WHERE c.id = v.id",
+        list(deletions.items()),
+        template="(%s, %s::timestamptz)",
+        page_size=len(deletions),
+    )
+    cursor.execute("DELETE FROM message WHERE conversation_id = ANY(%s)", (list(deletions),))
+
+
+def _bury(cursor: Cursor, shard: int, dead: Sequence[_Dead]) -> None:
+    if not dead:
+        return
+    rows = [(shard, one.entry.id.decode(errors="backslashreplace"), one.reason, one.error, readable(one.entry)) for one in dead]
+    execute_values(
+        cursor,
+        "INSERT INTO dead_letter (shard, entry_id, reason, error, entry) VALUES %s ON CONFLICT (shard, entry_id) DO NOTHING",
+        rows,
+        page_size=len(rows),
+    )
+
+
+def readable(entry: RawEntry) -> str:
+    """An entry as JSON in plain ASCII: whatever bytes it holds, a text column takes it, and `unreadable` gives them back."""
+    return json.dumps({name.decode("latin-1"): value.decode(errors="surrogateescape") for name, value in entry.fields.items()})
+
+
+def unreadable(entry: str) -> dict[bytes, bytes]:
+    """The fields of an entry from what `readable` made of it."""
+    fields: dict[str, Any] = json.loads(entry)
+    return {name.encode("latin-1"): value.encode(errors="surrogateescape") for name, value in fields.items()}
+
+
+def _copy_text(messages: Iterable[Entry]) -> bytes:
+    lines = [
+        f"{e.id}\t{e.conversation_id}\t{e.user_id}\t{e.role}\t{_escape(e.content)}\t"
+        f"{to_datetime(e.microseconds).isoformat()}\t{e.status}\t{_escape(e.key) if e.key else _NULL}\n"
+        for e in messages
+    ]
+    return "".join(lines).encode()
+
+
+_NULL = "\\N"
+
+
+def _escape(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

@@ -1,0 +1,104 @@
+"""The Celery tasks: an explicit name and one call each. An argument is a shard and never anything else."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import asdict
+from typing import Any
+
+import structlog
+from redis import Redis
+
+from worker import loading, pending
+from worker.app import app
+from worker.errors import TryAgainLater
+from worker.flush import flush_shard
+from worker.redis import connect_sync
+from worker.settings import get_settings
+from worker.wakeups import send_flush
+
+log = structlog.get_logger(__name__)
+
+PAUSE_FIRST_SECONDS = 0.25
+PAUSE_MAX_SECONDS = 5.0
+"""A store that came back is noticed within this and a sweep."""
+SWEEP_AGE_SECONDS = 1.0
+
+_clients: dict[int, Redis] = {}
+_failures: dict[int, int] = {}
+
+
+@app.task(name="flush")
+def flush(shard: int) -> dict[str, Any]:
+    """Writes what a shard holds to Postgres. While a store is away it fails fast, and the sweep tries again after a growing pause."""
+    settings = get_settings()
+    if not 0 <= shard < settings.shards:
+        return {"shard": shard, "refused": "no such shard"}
+    try:
+        report = flush_shard(client(), settings, shard)
+    except TryAgainLater as exc:
+        return {"shard": shard, "postponed": type(exc).__name__, "seconds": _postpone(shard, exc)}
+    _failures.pop(shard, None)
+    if report.more:
+        send_flush(app, shard)
+    return asdict(report)
+
+
+@app.task(name="sweep")
+def sweep() -> dict[str, Any]:
+    """Asks for a flush of every shard whose oldest entry is too old: whatever got lost on the way costs seconds, not messages."""
+    settings = get_settings()
+    late = max(SWEEP_AGE_SECONDS, 3 * settings.flush_interval_ms / 1000)
+    try:
+        backlogs = pending.backlog(client(), settings.shards)
+        asked = [
+            one.shard
+            for one in backlogs
+            if one.entries and one.oldest_age_seconds > late and pending.ask_for_flush(client(), one.shard, one.oldest_age_seconds)
+        ]
+    except TryAgainLater as exc:
+        log.warning("sweep postponed", error=type(exc).__name__)
+        return {"postponed": type(exc).__name__}
+    for shard in asked:
+        send_flush(app, shard)
+    return {"asked": asked}
+
+
+def check_installation() -> None:
+    """Compares `SHARDS` with what this installation was made with, in Redis and in Postgres, and writes it down at the first start.
+
+    Raises `ConfigurationError` for another number, `TryAgainLater` if neither store could be asked.
+    """
+    settings = get_settings()
+    redis = client()
+    made_with = pending.made_with_shards(redis)
+    if made_with is None:
+        made_with = loading.shards_in_postgres(settings.postgres_timeout_seconds)
+    loading.check_shards(made_with or settings.shards, settings.shards)
+    pending.note_shards(redis, settings.shards)
+
+
+def client() -> Redis:
+    """This process's connection to Redis, opened after the fork."""
+    pid = os.getpid()
+    if pid not in _clients:
+        _clients[pid] = connect_sync(get_settings())
+    return _clients[pid]
+
+
+def forget_clients() -> None:
+    """Drops what was inherited by a fork, without a word on the parent's sockets."""
+    _clients.clear()
+
+
+def _postpone(shard: int, exc: TryAgainLater) -> float:
+    """Keeps appends and sweeps from asking for a while, longer with each failure, jittered so that shards do not come back together."""
+    _failures[shard] = _failures.get(shard, 0) + 1
+    pause: float = min(PAUSE_MAX_SECONDS, PAUSE_FIRST_SECONDS * 2 ** min(_failures[shard], 10)) * random.uniform(0.5, 1.0)  # noqa: S311
+    log.warning("flush postponed", shard=shard, error=type(exc).__name__, seconds=round(pause, 3), failures=_failures[shard])
+    try:
+        pending.hold_flushes(client(), shard, int(pause * 1000))
+    except TryAgainLater as second:
+        log.warning("flushes not held", shard=shard, error=type(second).__name__)
+    return round(pause, 3)
