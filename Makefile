@@ -1,0 +1,66 @@
+# Needs nothing but make and Python 3.11 or newer. `make` alone says what there is.
+
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	"$$name" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null && { echo "$$name"; break; }; done)
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+# What an activated environment or a user's pip configuration would do to this one. Indexes and proxies stay as they are set.
+unexport VIRTUAL_ENV PYTHONPATH PYTHONHOME PYTHONSTARTUP PIP_USER PIP_TARGET PIP_PREFIX PIP_REQUIRE_VIRTUALENV PIP_REQUIRE_HASHES
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check format lock clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+help:
+	@echo 'make install   make .venv with everything pinned'
+	@echo 'make run       run all of Chatkeep on this machine (ARGS="--port 8080" for another port)'
+	@echo 'make test      all tests, on real servers (ARGS="tests/worker -k flush" for some)'
+	@echo 'make check     lint, types, schema drift'
+	@echo 'make format    put the code into the form that check asks for'
+	@echo 'make lock      pin again what pyproject.toml asks for (needs uv)'
+	@echo 'make clean     remove .venv and what tools leave behind; data in .chatkeep stays'
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.txt
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+		if [ -z "$(PYTHON)" ]; then \
+			echo 'Chatkeep needs Python 3.11 to 3.14 with venv, and none was found.' >&2; \
+			echo 'Debian and Ubuntu: apt install python3-venv. Another one: make PYTHON=/path/to/python3' >&2; \
+			exit 1; \
+		fi; \
+		echo 'Making $(VENV) with $(PYTHON)'; \
+		"$(PYTHON)" -m venv --clear $(VENV); \
+	fi
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.txt
+	@touch $@
+
+run: $(INSTALLED)
+	@exec $(PY) -m api $(ARGS)
+
+test: $(INSTALLED)
+	$(PY) -m pytest $(ARGS)
+
+check: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) -m tests.schema
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+# --universal: one file for every system and every Python from 3.11 on. No index address gets into it.
+lock: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+lock:
+	@command -v uv >/dev/null || { echo 'make lock needs uv (python3 -m pip install uv); nothing else does.' >&2; exit 1; }
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
+		--quiet --output-file requirements.txt $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,155 @@
+"""The API process: `uvicorn api.app:app`. What it is made of, what it opens and closes, and in which order.
+
+`app` is made when it is first asked for, so that importing this module needs no settings; a setting that is missing or wrong ends the
+process with one line. What the routes share lies in `app.state`:
+
+    settings  tokens  passwords  readiness  redis_sync (for /metrics)
+    log       the pending log (`worker/pending.py`)
+    turns     running chat replies (`api/turns.py`)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+from fastapi.routing import iter_route_contexts
+from fastapi.staticfiles import StaticFiles
+
+from api import auth, chat, conversations, errors, health, metrics
+from api.health import Readiness
+from api.middleware import OptionalSlash, OwnLimits, SafetyHeaders
+from api.passwords import Passwords
+from api.replies import responder
+from api.schemas import ProblemOut
+from api.tokens import Tokens
+from api.turns import Turns
+from worker import database, logs
+from worker.errors import ChatkeepError, ConfigurationError
+from worker.pending import PendingLog
+from worker.redis import DurabilityMonitor, connect, connect_sync
+from worker.replies import ReplyStreams
+from worker.settings import Settings, get_settings
+
+STATIC = Path(__file__).parent / "static"
+REPLIES_GRACE_SECONDS = 5.0
+"""Running replies may take this long to end at a shutdown; uvicorn waits for streams before."""
+
+log = structlog.get_logger(__name__)
+
+
+class Chatkeep(FastAPI):
+    """FastAPI, with the shape of a problem in its OpenAPI document."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            document = super().openapi()
+            problem = ProblemOut.model_json_schema(ref_template="#/components/schemas/{model}")
+            document["components"]["schemas"] |= {**problem.pop("$defs"), "Problem": problem}
+        return super().openapi()
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application. With `settings`, it uses these rather than the process's."""
+    chosen = settings or get_settings()
+    app = Chatkeep(
+        title="Chatkeep",
+        description="Keeps chat history: a message is acknowledged once it is fsynced, and read back at every instant after.",
+        version="0.1.0",
+        lifespan=_lifespan,
+        redirect_slashes=False,
+        redoc_url=None,
+        openapi_tags=[{"name": name} for name in ("accounts", "conversations", "chat", "operations")],
+    )
+    app.state.settings = chosen
+    app.state.tokens = Tokens(chosen.jwt_secret.get_secret_value(), chosen.access_token_seconds)
+    app.state.responder = responder(chosen)
+    for router in (auth.router, conversations.router, chat.router, health.router):
+        app.include_router(router)
+    app.add_api_route("/", _page, include_in_schema=False)
+    app.mount("/static", StaticFiles(directory=STATIC))
+    errors.install(app, chosen.body_bytes_max)  # the innermost first
+    if settings is not None:
+        app.add_middleware(OwnLimits, message_chars_max=settings.message_chars_max)
+    app.add_middleware(SafetyHeaders)
+    app.add_middleware(metrics.Durations)
+    app.add_middleware(OptionalSlash, paths=[route.path or "" for route in iter_route_contexts(app.routes)])
+    return app
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(name)
+    try:
+        settings = get_settings()
+        logs.configure(settings.log_level, process="api")
+        _check_installation()
+        made = globals()["app"] = create_app()
+    except ConfigurationError as exc:
+        sys.exit(f"chatkeep: {exc}")
+    return made
+
+
+def _check_installation() -> None:
+    """Refuses to start with another number of shards; stores that are away are no reason not to start."""
+    from worker.tasks import check_installation  # here, because it starts Celery's application, which needs the settings
+
+    try:
+        check_installation()
+    except ConfigurationError:
+        raise
+    except ChatkeepError as exc:
+        log.warning("installation not checked", error=type(exc).__name__)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    from worker.app import app as celery  # here for the same reason
+    from worker.wakeups import Wakeups
+
+    settings: Settings = app.state.settings
+    asyncio.get_running_loop().set_exception_handler(_on_lost_exception)
+    async with AsyncExitStack() as stack:
+        stack.callback(database.dispose)
+        app.state.redis_sync = connect_sync(settings, name="chatkeep-api-metrics")
+        stack.callback(app.state.redis_sync.close)
+        monitor = DurabilityMonitor(settings)
+        client = connect(settings, monitor=monitor)
+        stack.push_async_callback(client.aclose)
+        stack.push_async_callback(monitor.close)
+        await monitor.start(client)
+
+        wakeups = Wakeups(celery, settings.flush_interval_ms / 1000)
+        stack.push_async_callback(asyncio.to_thread, wakeups.close)
+        app.state.log = PendingLog(client, settings, wakeups.ask, monitor.check)
+        stack.push_async_callback(app.state.log.close)
+        await app.state.log.start()
+
+        streams = ReplyStreams(client, settings)
+        stack.push_async_callback(streams.close)
+        stack.push_async_callback(app.state.responder.close)
+        app.state.turns = Turns(app.state.log, streams, app.state.responder)
+        stack.push_async_callback(app.state.turns.close, REPLIES_GRACE_SECONDS)
+
+        app.state.readiness = Readiness(settings, monitor, app.state.log.threads)
+        app.state.passwords = Passwords()
+        stack.callback(app.state.passwords.close)
+        await app.state.passwords.start()
+        yield
+
+
+def _on_lost_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An exception that nobody waited for; asyncio's own handler would print its text, which may quote data."""
+    exc = context.get("exception")
+    log.error("exception nobody waited for", **(logs.describe(exc) if exc else {"detail": context.get("message")}))
+
+
+async def _page() -> FileResponse:
+    return FileResponse(STATIC / "index.html")

@@ -1,0 +1,70 @@
+"""What happens to every request, as plain ASGI: Starlette's `BaseHTTPMiddleware` hides from a stream that its client has left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from starlette._utils import get_route_path
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.schemas import MESSAGE_CHARS_MAX
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+)
+_ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
+_API = [*_ALWAYS, (b"cache-control", b"no-store")]
+_PAGE = [*_ALWAYS, (b"cache-control", b"no-cache"), (b"content-security-policy", PAGE_POLICY.encode())]
+
+
+class SafetyHeaders:
+    """Tells browsers what not to do; an answer that says its own `Cache-Control` keeps it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path: str = scope["path"]
+        added = _API if path.startswith("/api/") else _PAGE if path == "/" or path.startswith("/static/") else _ALWAYS
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = message["headers"] = list(message.get("headers", ()))
+                has_own = any(name == b"cache-control" for name, _ in headers)
+                headers += [header for header in added if not (has_own and header[0] == b"cache-control")]
+            await send(message)
+
+        await self.app(scope, receive, with_headers)
+
+
+class OptionalSlash:
+    """Makes a trailing slash optional without a redirect, which would cost a round trip and lose bodies in some clients."""
+
+    def __init__(self, app: ASGIApp, paths: Iterable[str]) -> None:
+        self.app = app
+        self._with_slash = frozenset(path for path in paths if path.endswith("/") and path != "/")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = get_route_path(scope)
+            if path + "/" in self._with_slash:
+                scope["path"] += "/"
+            elif path.endswith("/") and path not in self._with_slash and len(path) > 1 and path[-2] != "/":
+                scope["path"] = scope["path"][:-1]
+        await self.app(scope, receive, send)
+
+
+class OwnLimits:
+    """For an app that was made with settings of its own (tests): what the schemas would ask the process's settings for."""
+
+    def __init__(self, app: ASGIApp, message_chars_max: int) -> None:
+        self.app = app
+        self.message_chars_max = message_chars_max
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        MESSAGE_CHARS_MAX.set(self.message_chars_max)
+        await self.app(scope, receive, send)
