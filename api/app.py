@@ -30,6 +30,7 @@ from api.passwords import Passwords
 from api.replies import responder
 from api.schemas import ProblemOut
 from api.tokens import Tokens
+from api.streams import OpenStreams
 from api.turns import Turns
 from worker import database, logs
 from worker.errors import ChatkeepError, ConfigurationError
@@ -39,8 +40,6 @@ from worker.replies import ReplyStreams
 from worker.settings import Settings, get_settings
 
 STATIC = Path(__file__).parent / "static"
-REPLIES_GRACE_SECONDS = 5.0
-"""Running replies may take this long to end at a shutdown; uvicorn waits for streams before."""
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +51,13 @@ class Chatkeep(FastAPI):
         if self.openapi_schema is None:
             document = super().openapi()
             problem = ProblemOut.model_json_schema(ref_template="#/components/schemas/{model}")
-            document["components"]["schemas"] |= {**problem.pop("$defs"), "Problem": problem}
+            schemas = document["components"]["schemas"]
+            schemas |= {**problem.pop("$defs"), "Problem": problem}
+            for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own shape, which is never answered
+                schemas.pop(name, None)
+            for operation in (one for path in document["paths"].values() for one in path.values()):
+                if "HTTPValidationError" in str(operation["responses"].get("422")):
+                    operation["responses"] |= {"422": errors.problems(422)[422]}
         return super().openapi()
 
 
@@ -135,8 +140,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         streams = ReplyStreams(client, settings)
         stack.push_async_callback(streams.close)
         stack.push_async_callback(app.state.responder.close)
-        app.state.turns = Turns(app.state.log, streams, app.state.responder)
-        stack.push_async_callback(app.state.turns.close, REPLIES_GRACE_SECONDS)
+        app.state.turns = Turns(app.state.log, streams, app.state.responder, settings)
+        stack.push_async_callback(app.state.turns.close)
+        await app.state.turns.start()
+        app.state.streams = OpenStreams(settings.streams_per_user_max)
 
         app.state.readiness = Readiness(settings, monitor, app.state.log.threads)
         app.state.passwords = Passwords()

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Annotated
 
 import orjson
 from fastapi import APIRouter, Depends, Header, Request, Response
-from fastapi.responses import StreamingResponse
-from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 from api import history
 from api.conversations import acknowledgement, as_json, history_json
 from api.dependencies import AppSettings, CurrentUser, HistoryPage, IdempotencyKey, Log, SessionId
-from api.errors import describe_problem, problems
+from api.errors import problems
 from api.schemas import ChatMessage, ChatStart, ChatTurn, Session, SessionHistory
-from api.turns import Begun, Turns
-from worker.codec import Stored
-from worker.errors import ChatkeepError
+from api.streams import EVENT_STREAM, ai_sdk_asked, reply_stream
+from api.turns import Turns
 from worker.pending import client_key
 
 router = APIRouter(prefix="/api/chat", tags=["chat"])
-
-EVENT_STREAM = "text/event-stream"
 
 
 async def _turns(request: Request) -> Turns:
@@ -32,6 +26,12 @@ async def _turns(request: Request) -> Turns:
 
 
 TurnsOf = Annotated[Turns, Depends(_turns)]
+AiSdk = Annotated[bool, Depends(ai_sdk_asked)]
+LastEventId = Annotated[
+    str,
+    Header(alias="Last-Event-ID", pattern=r"^$|^[0-9]{1,16}-[0-9]{1,9}$", description="The last event that the client has seen"),
+]
+_STREAM = {"content": {EVENT_STREAM: {"schema": {"type": "string"}}}}
 
 
 @router.post("/start", status_code=201, response_model=Session, responses=problems(401, 404, 413, 422, 503))
@@ -47,23 +47,27 @@ async def start(user: CurrentUser, log: Log, settings: AppSettings, body: ChatSt
 @router.post(
     "/{session_id}/message",
     response_model=ChatTurn,
-    responses={200: {"content": {EVENT_STREAM: {"schema": {"type": "string"}}}}, **problems(401, 404, 409, 413, 422, 502, 503)},
+    responses={200: _STREAM, **problems(401, 404, 409, 413, 422, 429, 502, 503)},
 )
 async def message(
+    request: Request,
     user: CurrentUser,
     turns: TurnsOf,
     settings: AppSettings,
     session_id: SessionId,
     body: ChatMessage,
+    ai_sdk: AiSdk,
     key: IdempotencyKey = None,
-    accept: Annotated[str, Header()] = "",
+    accept: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> Response:
     """Stores a message and answers with the reply; with `Accept: text/event-stream`, as it is written."""
+    streamed = ai_sdk or EVENT_STREAM in accept
+    if streamed:
+        request.app.state.streams.check(user.id)
     begun = await turns.begin(user.id, session_id, body.message, key)
     headers = acknowledgement(settings, begun.replayed)
-    if EVENT_STREAM in accept:
-        headers |= {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_events(turns, session_id, begun), headers=headers, media_type=EVENT_STREAM)
+    if streamed:
+        return reply_stream(request, user.id, session_id, begun=begun, ai_sdk=ai_sdk, headers=headers)
     reply = await asyncio.shield(begun.reply)  # a client that hangs up does not stop it
     turn = _session(session_id) | {
         "reply": orjson.loads(reply.message.body)["content"],
@@ -80,30 +84,35 @@ async def session_history(user: CurrentUser, log: Log, session_id: SessionId, pa
     return as_json(orjson.dumps(_session(session_id))[:-1] + b"," + history_json(found) + b"}")
 
 
-async def _events(turns: Turns, conversation_id: int, begun: Begun) -> AsyncIterator[bytes]:
-    """A turn as server-sent events. Its end does not depend on the stream in Redis: the task's result is the last event if that is lost."""
-    after = ""
-    try:
-        if not begun.replayed:
-            async for event in turns.follow(conversation_id, after):
-                if event is None:
-                    yield KEEPALIVE_COMMENT
-                    continue
-                after = event.id
-                yield format_sse_event(event=event.name, data_str=event.data.decode(), id=event.id)
-                if event.last:
-                    return
-        if not after:
-            yield _message_event("user_message", begun.user.message, begun.user.committed)
-        reply = await asyncio.shield(begun.reply)
-    except ChatkeepError as exc:
-        yield format_sse_event(event="error", data_str=orjson.dumps(describe_problem(exc)).decode(), id="0-0")
-    else:
-        yield _message_event("assistant_message", reply.message, reply.committed)
+@router.get(
+    "/{session_id}/stream",
+    response_class=Response,
+    responses={200: _STREAM, 204: {"description": "Nothing is running"}, **problems(401, 404, 422, 429, 503)},
+)
+async def stream(
+    request: Request,
+    user: CurrentUser,
+    log: Log,
+    turns: TurnsOf,
+    session_id: SessionId,
+    ai_sdk: AiSdk,
+    last_event_id: LastEventId = "",
+) -> Response:
+    """Follows the running reply: the whole so far and the rest, or what came after `Last-Event-ID`."""
+    await history.read_conversation(log, user.id, session_id)
+    request.app.state.streams.check(user.id)
+    after = "" if ai_sdk else last_event_id
+    if not await turns.is_running(session_id, after):
+        return Response(status_code=204)
+    return reply_stream(request, user.id, session_id, begun=None, after=after, ai_sdk=ai_sdk)
 
 
-def _message_event(name: str, stored: Stored, committed: int) -> bytes:
-    return format_sse_event(event=name, data_str=stored.public(committed).decode(), id=f"{stored.id}-0")
+@router.post("/{session_id}/stop", status_code=202, response_model=Session, responses=problems(401, 404, 503))
+async def stop(user: CurrentUser, log: Log, turns: TurnsOf, session_id: SessionId) -> Response:
+    """Stops the running reply, if there is one; what was written so far is kept, `incomplete`."""
+    await history.read_conversation(log, user.id, session_id)
+    await turns.stop(session_id)
+    return as_json(orjson.dumps(_session(session_id)), 202)
 
 
 def _session(conversation_id: int) -> dict[str, object]:

@@ -38,13 +38,22 @@ from worker.errors import (
     PostgresUnavailable,
     RedisUnavailable,
     ReplyFailed,
+    ReplyStopped,
+    TooManyStreams,
     TryAgainLater,
     TurnRunning,
 )
 from worker.logs import describe
 
 MEDIA_TYPE = "application/problem+json"
-_STATUS: Mapping[type[ChatkeepError], int] = {NotFound: 404, TurnRunning: 409, KeyReused: 422, ReplyFailed: 502}
+_STATUS: Mapping[type[ChatkeepError], int] = {
+    NotFound: 404,
+    TurnRunning: 409,
+    ReplyStopped: 409,
+    KeyReused: 422,
+    TooManyStreams: 429,
+    ReplyFailed: 502,
+}
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 """Where Python 3.11 still has the older names."""
 _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")

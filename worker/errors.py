@@ -12,6 +12,8 @@
         ├── KeyReused
         ├── TurnRunning
         ├── ReplyFailed
+        ├── ReplyStopped
+        ├── TooManyStreams
         └── BadEntry
 
 Driver errors are translated once, at the edge where they arise; above it nobody catches `RedisError` or `psycopg2.Error`.
@@ -83,6 +85,14 @@ class TurnRunning(Never):
 
 class ReplyFailed(Never):
     """The model gave no reply. Your message is stored; repeat the call with the same Idempotency-Key to try the reply again."""
+
+
+class ReplyStopped(Never):
+    """The reply was stopped before its first word; repeat the call with the same Idempotency-Key to try it again."""
+
+
+class TooManyStreams(Never):
+    """Too many event streams are open for this user; close one first."""
 
 
 class BadEntry(Never):

@@ -11,6 +11,7 @@ Per shard, never expiring:
 | `ck:{s07}:clock` | string | the last tick that an id was made of; its absence means a wiped Redis (NEED_SEED) |
 | `ck:{s07}:committed` | string | every id up to here is in Postgres: decides `state` |
 | `ck:{s07}:bytes` | string | bytes that the log's entries take, for the backlog limit |
+| `ck:{s07}:turns` | hash | the replies that have begun and not ended: `<conversation>:<user>` → token |
 | `ck:{s07}:wake` | string | a flush was asked for and has not begun; a lease, so that a lost task is asked for again |
 
 Per conversation, without expiry while its field `l` is not 0 (pending), else expiring `CACHE_TTL_SECONDS` after the last use:
@@ -23,6 +24,7 @@ Per conversation, without expiry while its field `l` is not 0 (pending), else ex
 | `ck:{s07}:load:<c>` | string | the lease of whoever loads it from Postgres; a late loader's token no longer fits |
 | `ck:{s07}:turn:<c>` | string | the lease of the reply that is being written; its token fences the writer |
 | `ck:{s07}:reply:<c>` | stream | the events of that reply, for whoever follows it; gone a minute after the last |
+| `ck:{s07}:stop:<c>` | string | the token of a turn that somebody asked to stop |
 
 The conversation's fields: `u` owner, `t` title, `s` created and `a` last activity (microseconds), `m` the last message's id, `l` the last
 pending entry's id or 0, `w` 1 if the cached messages begin with the conversation's first, `k` 1 if all of its retry keys are here, `d` 1 if
@@ -62,6 +64,17 @@ def shard_of_user(user_id: int, shards: int) -> int:
 def shard_of_id(any_id: int) -> int:
     """The shard that a conversation's, message's or log entry's id was made in."""
     return any_id % SHARD_SLOTS
+
+
+def entry_number(entry_id: bytes) -> int | None:
+    """The id that an append gave this entry of the log; None if no append can have (somebody planted it with `XADD log *`)."""
+    number, _, sequence = entry_id.partition(b"-")
+    return int(number) if sequence == b"0" and 0 < int(number) < ID_LIMIT else None
+
+
+def microseconds_of(any_id: int) -> int:
+    """About when an id was given, in Unix microseconds."""
+    return any_id // SHARD_SLOTS * TICK_MICROSECONDS + EPOCH_MICROSECONDS
 
 
 def first_id_at(microseconds: int, shard: int) -> int:
@@ -111,6 +124,14 @@ def turn(shard: int, conversation_id: int) -> str:
 
 def reply(shard: int, conversation_id: int) -> str:
     return f"ck:{{s{shard:02d}}}:reply:{conversation_id}"
+
+
+def stop(shard: int, conversation_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:stop:{conversation_id}"
+
+
+def turns(shard: int) -> str:
+    return f"ck:{{s{shard:02d}}}:turns"
 
 
 def changed(shard: int, user_id: int) -> str:

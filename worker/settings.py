@@ -55,6 +55,14 @@ class Settings(BaseSettings):
     llm_model: str | None = None
     llm_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = 120.0
 
+    reply_idle_seconds: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """A model that is silent for longer has failed."""
+    reply_chars_max: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
+    streams_per_user_max: Annotated[int, Field(ge=1, le=10_000)] = 20
+    """Open event streams of one user, in each API process."""
+    shutdown_grace_seconds: Annotated[float, Field(ge=0, le=600)] = 8.0
+    """Running replies may take this long to end at a shutdown; then they are kept as incomplete."""
+
     unsafe_durability: bool = False
     log_level: str = "INFO"
 

@@ -17,6 +17,12 @@ local function next_id(last_tick, shard, microseconds)
   return tick * SLOTS + shard, int(tick)
 end
 
+-- Whether somebody holds a lease. One with more than `longest_ms` to go was given before the server's clock was set back: it is nobody's.
+local function held(lease, longest_ms)
+  local left = redis.call('PTTL', lease)
+  return left > 0 and left <= tonumber(longest_ms)
+end
+
 -- Appends one entry. The XADD comes first: a script that is over `maxmemory` fails at its first growing write, before anything changed.
 -- False, and nothing written, if the log already holds a higher id (its clock is behind: seed it).
 local function append_entry(log, clock, bytes, id, tick, size, kind, microseconds, body, key, extra)
@@ -38,10 +44,15 @@ end
 -- 1 for the first entry since the last flush began: the caller then sends the flush task. Asked again when the lease runs out, because the
 -- task may be lost; the lease grows with the age of the log, so that an hour without a worker does not leave an hour of tasks.
 local function ask_for_flush(log, wake, lease_ms)
-  if redis.call('EXISTS', wake) == 1 then return 0 end
+  if held(wake, LONGEST_LEASE_MS) then return 0 end
   local oldest = redis.call('XRANGE', log, '-', '+', 'COUNT', 1)[1]
   local born = oldest and string.match(oldest[1], '^%d+')
   local waited_ms = born and (server_microseconds() - EPOCH - math.floor(born / SLOTS) * TICK) / 1000 or 0
   redis.call('SET', wake, '1', 'PX', int(math.max(lease_ms, math.min(waited_ms / 2, LONGEST_LEASE_MS))))
   return 1
+end
+
+-- Whether an event of a reply is its last.
+local function is_end(entry)
+  return entry[2][6] == '1'
 end
