@@ -33,6 +33,7 @@ from worker.errors import ConfigurationError, PostgresUnavailable
 from worker.settings import Settings, get_settings
 
 T = TypeVar("T")
+OUTAGES = "57014 55P03 57P01 57P03 40P01 40001 53100 53200 53300 08006 58030 25006 25P03 42P01 XX000".split()  # noqa: SIM905 - one line
 SECRET = "s3cr3t-words"
 
 
@@ -194,23 +195,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("through", ["sqlalchemy", "psycopg2"])
     def test_outages(self, pool: Settings, subtests: pytest.Subtests, through: str) -> None:
-        for sqlstate in [
-            "57014",
-            "55P03",
-            "57P01",
-            "57P03",
-            "40P01",
-            "40001",
-            "53100",
-            "53200",
-            "53300",
-            "08006",
-            "58030",
-            "25006",
-            "25P03",
-            "42P01",
-            "XX000",
-        ]:
+        for sqlstate in OUTAGES:
             with subtests.test(sqlstate):
                 with pytest.raises(PostgresUnavailable) as caught, transaction(seconds=10) as connection:
                     _raise(connection, sqlstate, through)
@@ -411,7 +396,7 @@ class TestDeadline:
     def test_many_threads_at_once(self, postgres: EmbeddedPostgres, pool: Settings) -> None:
         assert _count_users() == 0
         with _frozen(postgres):
-            threads = [threading.Thread(target=self._expires, args=(lambda connection: None,)) for _ in range(12)]
+            threads = [threading.Thread(target=self._expires, args=(lambda connection: None,), daemon=True) for _ in range(12)]
             started = time.monotonic()
             for thread in threads:
                 thread.start()
@@ -617,13 +602,20 @@ def _backends(settings: Settings) -> int:
 
 @contextlib.contextmanager
 def _frozen(postgres: EmbeddedPostgres) -> Iterator[None]:
-    """Stops the postmaster first, so that it starts no more children, then all of them."""
+    """Stops the postmaster first, so that it starts no more children, then all of them.
+
+    It thaws by itself after a while: no other time-out reaches a test that hangs in libpq.
+    """
     os.kill(postgres.pid, signal.SIGSTOP)
     family = [postgres.pid, *_children(postgres.pid)]
     _signal_all(family[1:], signal.SIGSTOP)
+    thaw = threading.Timer(15, _signal_all, (family, signal.SIGCONT))
+    thaw.daemon = True
+    thaw.start()
     try:
         yield
     finally:
+        thaw.cancel()
         _signal_all(family, signal.SIGCONT)
 
 
