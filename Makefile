@@ -45,7 +45,7 @@ test: $(INSTALLED)
 	$(PY) -m pytest $(ARGS)
 
 check: $(INSTALLED)
-	$(PY) -m ruff check .
+	$(PY) -m ruff check --output-format concise .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m tests.schema
@@ -55,9 +55,8 @@ format: $(INSTALLED)
 	$(PY) -m ruff format .
 
 # --universal: one file for every system and every Python from 3.11 on. No index address gets into it.
-lock: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 lock:
-	@command -v uv >/dev/null || { echo 'make lock needs uv (python3 -m pip install uv); nothing else does.' >&2; exit 1; }
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH"; command -v uv >/dev/null || { echo 'make lock needs uv (pip install uv); nothing else does.' >&2; exit 1; }; \
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--quiet --output-file requirements.txt $(ARGS)
 

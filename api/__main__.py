@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import http
 import http.client
+import io
 import os
 import secrets
 import signal
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from pydantic import SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from rich.markup import escape
 
 from api.supervisor import Board, Program, Server, Supervisor
 from worker.embedded import EmbeddedPostgres, EmbeddedValkey, make_private, port_is_free
@@ -64,6 +66,7 @@ class Runner:
         self._supervisor = Supervisor(self._board)
         self._claim = Claim(self._home)
         self._interrupted = 0
+        self._postgres: EmbeddedPostgres | None = None
 
     async def run(self) -> None:
         """Start everything, wait to be told to stop, end everything."""
@@ -95,7 +98,7 @@ class Runner:
     async def _start_servers(self) -> dict[str, str]:
         """Start the servers that are not given; answers with the environment of all other processes."""
         given, say = self._settings, self._board.say
-        postgres = None if given.database_url else EmbeddedPostgres(self._home)
+        self._postgres = postgres = None if given.database_url else EmbeddedPostgres(self._home)
         valkey = None if given.redis_url else EmbeddedValkey(self._home)
         await self._supervisor.start(*(Server(server, say) for server in (postgres, valkey) if server is not None))
         jwt_secret = _plain(given.jwt_secret) or kept_secret(self._home / "jwt.secret", lambda: secrets.token_urlsafe(48))
@@ -143,7 +146,7 @@ class Runner:
         answers = await asyncio.gather(_ready(self._ports["api"], "/readyz"), _ready(self._ports["flower"], "/healthcheck"))
         for name, answer in zip(("API", "Flower"), answers, strict=True):
             if answer is not None:
-                self._board.show(f"[bold red]{name} is not ready after {READY_SECONDS:.0f} s:[/bold red] {answer}")
+                self._board.show(f"[bold red]{name} is not ready after {READY_SECONDS:.0f} s:[/bold red] {escape(answer)}")
         user, _, password = self._flower_login().partition(":")
         login = (
             "as in FLOWER_BASIC_AUTH" if self._settings.flower_basic_auth else f"user [bold]{user}[/bold], password [bold]{password}[/bold]"
@@ -153,9 +156,14 @@ class Runner:
             f"  Chat      {api}/\n"
             f"  API docs  {api}/docs\n"
             f"  Flower    {flower}/  ({login})\n"
-            f"  Data      {self._home}\n"
+            f"  Data      {escape(self._where())}\n"
             f"Ctrl-C ends it; the next start finds everything again.\n"
         )
+
+    def _where(self) -> str:
+        if self._postgres is None or self._home.resolve() in self._postgres.data.parents:
+            return str(self._home)
+        return f"{self._home}, PostgreSQL's in {self._postgres.data}"
 
     def _program(self, name: str, *module: str, env: dict[str, str], patience: float) -> Program:
         # `-X` carries the marker by which a later run finds what this one may leave behind; Python itself ignores it.
@@ -223,6 +231,8 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=8000, help="for the API; the next free one is taken (default: 8000)")
     parser.add_argument("--flower-port", type=int, default=5555, help="for Flower; the next free one is taken (default: 5555)")
     given = parser.parse_args()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a log line that the terminal's encoding lacks is no reason to stop
     try:
         settings = RunnerSettings()
 
@@ -232,8 +242,8 @@ def main() -> int:
         asyncio.run(run())
     except ValidationError as exc:
         sys.exit("; ".join(f"{error['loc'][0]}: {error['msg']}" for error in exc.errors()))
-    except ConfigurationError as exc:
-        sys.exit(f"Chatkeep cannot run: {exc.detail}")
+    except (ConfigurationError, OSError) as exc:  # a directory that cannot be written, a disk that is full
+        sys.exit(f"Chatkeep cannot run: {exc}")
     return 0
 
 

@@ -12,7 +12,7 @@ loopback and asks for a password that stands in no command line. Both servers ke
 | `postgres/program-<version>/` | a copy of the binaries, where the server's user cannot reach the installed ones |
 | `valkey/data/` | the append-only file |
 
-PostgreSQL refuses to run as root, so root's runs as `nobody`; where `nobody` cannot get to the state directory (below /root, say), its
+PostgreSQL refuses to run as root, so root's runs as `nobody`; where `nobody` cannot get to the state directory (in a closed home, say), its
 files go to /var/lib. That is decided once and written down: data is looked for where it was put, or its absence is an error.
 """
 
@@ -50,7 +50,7 @@ from worker.errors import ConfigurationError
 from worker.processes import Claim, as_other, kept_secret, spawn
 
 START_SECONDS = 120.0
-"""A start after a crash replays the WAL or the append-only file first: 1 GiB takes some 20 s."""
+"""A start after a crash first replays the WAL or the append-only file, which may be gigabytes on a slow disk."""
 STOP_SECONDS = 20.0
 LOG_BYTES_MAX = 1 << 20
 PORTS = range(15_000, 30_000)
@@ -123,7 +123,7 @@ class _EmbeddedServer(ABC):
     def destroy(self) -> None:
         """Stop the server and delete its data, wherever it is."""
         self.stop()
-        shutil.rmtree(self._home, ignore_errors=False)
+        shutil.rmtree(self._home)
 
     def __enter__(self) -> Self:
         self.start()
@@ -272,13 +272,16 @@ class EmbeddedPostgres(_EmbeddedServer):
         """`postgresql://chatkeep:<password>@127.0.0.1:<port>/chatkeep`."""
         return self._url_of("chatkeep")
 
+    @property
+    def data(self) -> Path:
+        """Where the data is; known after the first start."""
+        return self._place() / "data"
+
     def destroy(self) -> None:
         """Stop the server and delete its data, wherever it is."""
         self.stop()
-        if (self._home / "location").exists():
-            place = self._place()
-            if place != self._home:
-                shutil.rmtree(place)
+        if (self._home / "location").exists() and self._place() != self._home:
+            shutil.rmtree(self._place())
         super().destroy()
 
     def _url_of(self, database: str) -> str:
@@ -291,20 +294,19 @@ class EmbeddedPostgres(_EmbeddedServer):
             note = self._home / "location"
             raise ConfigurationError(f"PostgreSQL's data was in {place}, and that is gone. To begin with an empty database, delete {note}.")
         self._program = _postgres_program(place, self._user)
-        self._data = place / "data"
-        if not self._data.exists():
+        if not self.data.exists():
             self._initdb(place)
         self._remove_stale_pid_file()
-        version = (self._data / "PG_VERSION").read_text(encoding="ascii").strip()
+        version = (self.data / "PG_VERSION").read_text(encoding="ascii").strip()
         if version != _POSTGRES_MAJOR:
             raise ConfigurationError(
-                f"{self._data} was made by PostgreSQL {version}, and this is {_POSTGRES_MAJOR}: dump it with the old one and load it here."
+                f"{self.data} was made by PostgreSQL {version}, and this is {_POSTGRES_MAJOR}: dump it with the old one and load it here."
             )
 
     def _server_user(self) -> pwd.struct_passwd | None:
         """None for this process's own user. Root gives way to whom the data belongs to, at first `nobody`."""
         note = self._home / "location"
-        owner = (self._place() / "data").stat().st_uid if note.exists() and (self._place() / "data").exists() else None
+        owner = self.data.stat().st_uid if note.exists() and self.data.exists() else None
         if os.geteuid() != 0:
             if owner not in (None, os.geteuid()):
                 raise ConfigurationError(f"PostgreSQL's data in {self._place()} belongs to user {owner}; start it as that user or as root.")
@@ -358,17 +360,17 @@ class EmbeddedPostgres(_EmbeddedServer):
         if done.returncode != 0:
             said = done.stdout.decode(errors="replace").strip()
             raise ConfigurationError(f"PostgreSQL could not make its data directory in {place}:\n{said[-2000:]}")
-        fresh.rename(self._data)
+        fresh.rename(self.data)
 
     def _remove_stale_pid_file(self) -> None:
         """PostgreSQL takes its old process id for a running server if the number belongs to any process: one that was started since, or a
         zombie that a container's first process does not reap. The claim says better that none of ours is left.
         """
-        pid_file = self._data / "postmaster.pid"
+        pid_file = self.data / "postmaster.pid"
         with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess, ValueError, IndexError):
             process = psutil.Process(int(pid_file.read_text(encoding="ascii").splitlines()[0]))
-            if str(self._data) in process.cmdline():
-                raise ConfigurationError(f"{self._data} is open in a PostgreSQL that somebody else has started (process {process.pid}).")
+            if str(self.data) in process.cmdline():
+                raise ConfigurationError(f"{self.data} is open in a PostgreSQL that somebody else has started (process {process.pid}).")
         pid_file.unlink(missing_ok=True)
 
     def _command(self) -> list[str]:
@@ -389,7 +391,7 @@ class EmbeddedPostgres(_EmbeddedServer):
             **self._settings,
         }
         flags = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        return [str(self._program / "bin" / "postgres"), "-D", str(self._data), *flags]
+        return [str(self._program / "bin" / "postgres"), "-D", str(self.data), *flags]
 
     def _greet(self) -> bool:
         try:

@@ -78,9 +78,10 @@ def configure(level: str = "INFO", *, process: str | None = None, stream: TextIO
     root = logging.getLogger()
     root.handlers = [kept for kept in root.handlers if kept.name != _OUR_HANDLER] + [handler]
     root.setLevel(level.upper())
-    for name in _ADOPTED:
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
+    for adopted in map(logging.getLogger, _ADOPTED):
+        if adopted.handlers or adopted.propagate:  # else it was switched off (uvicorn's --no-access-log)
+            adopted.handlers.clear()
+            adopted.propagate = True
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

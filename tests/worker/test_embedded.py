@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -113,6 +114,15 @@ class TestCrashes:
 
 
 class TestStart:
+    def test_lives_on_when_the_thread_that_started_it_ends(self, home: Path, servers: list[Server]) -> None:
+        servers.append(server := EmbeddedValkey(home))
+        thread = threading.Thread(target=server.start)
+        thread.start()
+        thread.join(timeout=60)
+        time.sleep(0.2)
+        keep(server, "one")
+        assert server.is_running
+
     @BOTH
     def test_second_owner_is_refused_and_the_first_goes_on(self, kind: type[Server], running: dict[type[Server], Server]) -> None:
         server = running[kind]
