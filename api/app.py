@@ -23,17 +23,18 @@ from fastapi.responses import FileResponse
 from fastapi.routing import iter_route_contexts
 from fastapi.staticfiles import StaticFiles
 
-from api import auth, chat, conversations, errors, health, metrics
+from api import auth, chat, conversations, errors, events, health, metrics
 from api.health import Readiness
 from api.middleware import OptionalSlash, OwnLimits, SafetyHeaders
 from api.passwords import Passwords
 from api.replies import responder
 from api.schemas import ProblemOut
-from api.tokens import Tokens
 from api.streams import OpenStreams
+from api.tokens import Tokens
 from api.turns import Turns
 from worker import database, logs
 from worker.errors import ChatkeepError, ConfigurationError
+from worker.events import EventHub
 from worker.pending import PendingLog
 from worker.redis import DurabilityMonitor, connect, connect_sync
 from worker.replies import ReplyStreams
@@ -76,7 +77,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = chosen
     app.state.tokens = Tokens(chosen.jwt_secret.get_secret_value(), chosen.access_token_seconds)
     app.state.responder = responder(chosen)
-    for router in (auth.router, conversations.router, chat.router, health.router):
+    for router in (auth.router, conversations.router, chat.router, events.router, health.router):
         app.include_router(router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC))
@@ -143,6 +144,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.turns = Turns(app.state.log, streams, app.state.responder, settings)
         stack.push_async_callback(app.state.turns.close)
         await app.state.turns.start()
+        app.state.events = EventHub(client, settings)
+        stack.push_async_callback(app.state.events.close)
+        await app.state.events.start()
         app.state.streams = OpenStreams(settings.streams_per_user_max)
 
         app.state.readiness = Readiness(settings, monitor, app.state.log.threads)

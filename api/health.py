@@ -45,16 +45,17 @@ _SSL_REQUEST = (8).to_bytes(4, "big") + (80877103).to_bytes(4, "big")
 log = structlog.get_logger(__name__)
 
 
-@router.api_route("/livez", methods=["GET", "HEAD"], response_model=Liveness)
-@router.api_route("/healthz", methods=["GET", "HEAD"], response_model=Liveness)
+@router.head("/livez", include_in_schema=False)
+@router.head("/healthz", include_in_schema=False)
+@router.get("/livez", response_model=Liveness)
+@router.get("/healthz", response_model=Liveness)
 async def alive() -> Response:
     """The process lives. Nothing else is asked."""
     return JSONResponse({"status": "ok"})
 
 
-@router.api_route(
-    "/readyz", methods=["GET", "HEAD"], response_model=ReadinessOut, responses={503: {"model": ReadinessOut, "description": "Not ready"}}
-)
+@router.head("/readyz", include_in_schema=False)
+@router.get("/readyz", response_model=ReadinessOut, responses={503: {"model": ReadinessOut, "description": "Not ready"}})
 async def ready(request: Request) -> Response:
     """200 while writes can be acknowledged (`degraded`: without Postgres), else 503 with the checks that fail."""
     readiness: Readiness = request.app.state.readiness

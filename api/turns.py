@@ -12,7 +12,7 @@ What ends a reply, and what is kept:
 | the model fails, falls silent or talks too long after some text | that text, `incomplete`; an `error` event says why |
 | it fails before any text | nothing; `ReplyFailed`, and the same Idempotency-Key tries again |
 | somebody stops it (any process), or this process is told to end | the text so far, `incomplete` |
-| this process dies | its lease runs out (15 s); the next turn, the next reader or any process's `watch` stores what was streamed, `incomplete` |
+| this process dies | its lease runs out (15 s); the next turn or reader or any process's `watch` stores what was streamed, `incomplete` |
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from typing import Any, Literal, TypeAlias
 
 import orjson
 
+from worker import keys
 from worker.errors import BadEntry
+from worker.text import TITLE_CHARS_MAX
 
 Role: TypeAlias = Literal["user", "assistant"]
 Status: TypeAlias = Literal["complete", "incomplete"]
@@ -23,6 +25,9 @@ Kind: TypeAlias = Literal["c", "m", "r", "d"]
 ENTRY_OVERHEAD_BYTES = 100
 """About what Redis needs for an entry beside its fields, in the log and in the conversation's messages together."""
 
+KEY_CHARS_MAX = 202
+"""A client's key has at most 200 characters and a prefix; see `client_key` in `worker/pending.py`."""
+HASH_CHARS_MAX = 64
 HASH_SQL = "left(encode(sha256(convert_to(role || chr(31) || status || chr(31) || content, 'UTF8')), 'hex'), 32)"
 _UNIX = datetime(1970, 1, 1, tzinfo=UTC)
 _YEAR_10000 = 253_402_300_800_000_000
@@ -76,12 +81,15 @@ def request_hash(*parts: str) -> str:
 
 
 def decode_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> Entry:
-    """Reads one entry of the log; raises `BadEntry`, which names no content, for anything that an append did not write."""
+    """Reads one entry of the log; raises `BadEntry`, which names no content, for anything that an append did not write.
+
+    What passes can be inserted, unless its user or its conversation is not there.
+    """
     try:
         body: dict[str, Any] = orjson.loads(fields[b"b"])
         kind = fields[b"k"].decode()
         entry = Entry(
-            id=int(entry_id.partition(b"-")[0]),
+            id=keys.entry_number(entry_id) or 0,
             kind=kind,  # type: ignore[arg-type]  # checked by _check
             microseconds=int(fields[b"t"]),
             conversation_id=body["conversation_id"],
@@ -101,14 +109,23 @@ def decode_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> Entry:
 
 
 def _sound(entry: Entry) -> bool:
-    numbers = (entry.conversation_id, entry.user_id)
-    if not all(type(number) is int and 0 < number < 1 << 53 for number in numbers) or not 0 <= entry.microseconds < _YEAR_10000:
+    numbers = (entry.id, entry.conversation_id, entry.user_id)
+    if not all(type(number) is int and 0 < number < keys.ID_LIMIT for number in numbers) or not 0 <= entry.microseconds < _YEAR_10000:
+        return False
+    if keys.shard_of_id(entry.id) != keys.shard_of_id(entry.conversation_id):
+        return False
+    if not _fits(entry.key, KEY_CHARS_MAX) or not _fits(entry.extra, HASH_CHARS_MAX if entry.kind == "c" else TITLE_CHARS_MAX):
         return False
     if entry.kind == "m":
-        return type(entry.content) is str and entry.role in ("user", "assistant") and entry.status in ("complete", "incomplete")
+        return _fits(entry.content) and entry.role in ("user", "assistant") and entry.status in ("complete", "incomplete")
     if entry.kind == "r":
-        return type(entry.title) is str
-    return entry.kind == "d" or (entry.kind == "c" and (entry.title is None or type(entry.title) is str))
+        return _fits(entry.title, TITLE_CHARS_MAX)
+    return entry.kind == "d" or (entry.kind == "c" and (entry.title is None or _fits(entry.title, TITLE_CHARS_MAX)))
+
+
+def _fits(value: Any, chars_max: int | None = None) -> bool:
+    """Whether a text column takes it. (Half surrogate pairs have not come this far: neither JSON nor UTF-8 bytes hold them.)"""
+    return type(value) is str and "\x00" not in value and (chars_max is None or len(value) <= chars_max)
 
 
 def rfc3339(microseconds: int) -> str:

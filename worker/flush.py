@@ -90,16 +90,18 @@ def _pass(client: Redis, settings: Settings, shard: int, report: Report) -> bool
 
 
 def trim_batch(client: Redis, settings: Settings, shard: int, batch: list[pending.RawEntry], persisted: Persisted) -> pending.Trimmed:
-    """Trims in chunks, in the log's order; each conversation is settled with the last chunk, when all of its entries are gone."""
+    """Trims in chunks, in the log's order; each conversation is settled with its last entry."""
     trimmed = pending.Trimmed(0, True)
-    for start in range(0, max(len(batch), 1), _TRIM_CHUNK):
-        last = start + _TRIM_CHUNK >= len(batch)
+    for start in range(0, len(batch), _TRIM_CHUNK):
+        chunk = batch[start : start + _TRIM_CHUNK]
+        ids = {entry.id for entry in chunk}
+        settled = {number: touched.user_id for number, touched in persisted.conversations.items() if touched.last.id in ids}
         trimmed = pending.trim(
             client,
             shard,
-            batch[start : start + _TRIM_CHUNK],
-            list(persisted.conversations.items()) if last else [],
-            persisted.withdrawn if last else [],
+            chunk,
+            list(settled.items()),
+            [gone for gone in persisted.withdrawn if gone.conversation_id in settled],
             ttl_seconds=settings.cache_ttl_seconds,
             messages_kept=settings.cache_messages_max,
         )

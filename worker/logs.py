@@ -51,6 +51,8 @@ _FRAMES_MAX = 12
 _OUR_HANDLER = "chatkeep"
 _ADOPTED = ("uvicorn", "uvicorn.error", "uvicorn.access")
 """Loggers that come with handlers of their own."""
+_TALKATIVE = ("openai", "httpx2", "httpcore2")
+"""Below warnings, these write whole requests: what people said, and the key."""
 
 Event = MutableMapping[str, Any]
 
@@ -82,6 +84,8 @@ def configure(level: str = "INFO", *, process: str | None = None, stream: TextIO
         if adopted.handlers or adopted.propagate:  # else it was switched off (uvicorn's --no-access-log)
             adopted.handlers.clear()
             adopted.propagate = True
+    for talkative in map(logging.getLogger, _TALKATIVE):
+        talkative.setLevel(logging.WARNING)
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

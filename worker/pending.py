@@ -33,7 +33,7 @@ from worker import keys, loading
 from worker.codec import ENTRY_OVERHEAD_BYTES, Role, Status, Stored, auto_title, conversation_body, message_body, request_hash
 from worker.errors import BacklogFull, ChatkeepError, KeyReused, NotFound, RedisUnavailable, TurnRunning
 from worker.loading import ConversationState
-from worker.scripts import LONGEST_LEASE_MS, Argument, AsyncScripts, run, translate
+from worker.scripts import Argument, AsyncScripts, run, translate
 from worker.settings import Settings
 from worker.threads import DatabaseThreads
 
@@ -49,7 +49,12 @@ ANSWER_WITHIN_SECONDS = 1.9
 """Whatever cannot be answered in 2 s is refused."""
 EXTRA_TTL_SECONDS = 60
 """What hangs on a conversation outlives it, so that a known conversation never lacks its messages."""
-_FETCH_PAGE = 500
+CLOCK_AHEAD_MS = 366 * 86_400_000
+"""An id in the log that is further ahead of the server's clock (and not known to Postgres) was given by no append."""
+MEMORY_FULL = 0.9
+"""Of Redis's `maxmemory`: what is above belongs to those who make room. At the limit itself no flush can be asked for (a wake-up and a
+task are writes), so a log that has filled it would never get shorter."""
+_FETCH_PAGE_FIRST, _FETCH_PAGE = 50, 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +113,10 @@ class PendingLog:
 
     async def close(self) -> None:
         """Ends the background work; what was sent to Redis is waited for (it has its time-out)."""
-        for task in self._background:
-            task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        while self._background:  # what is cancelled may leave something to be cleared away
+            for task in self._background:
+                task.cancel()
+            await asyncio.gather(*self._background, return_exceptions=True)
         await self._scripts.close()
         self.threads.close()
 
@@ -141,6 +147,7 @@ class PendingLog:
             keys.changed(shard, user_id),
             keys.committed(shard),
             keys.turn(shard, conversation_id),
+            keys.events(shard, user_id),
         ]
         digest = request_hash(role, status, content)
         title = auto_title(content) if role == "user" else ""
@@ -165,6 +172,7 @@ class PendingLog:
                 asked = "1"
             else:
                 await self._prepare(answer[0], shard, user_id, conversation_id)
+                asked = ""  # what was found may be forgotten with the conversation
             return None
 
         return await self._until_done(attempt)
@@ -191,6 +199,7 @@ class PendingLog:
                     keys.conversation(shard, reserved),
                     keys.changed(shard, user_id),
                     keys.created_keys(shard, user_id),
+                    keys.events(shard, user_id),
                 ],
                 [
                     *(shard, user_id, reserved, conversation_body(reserved, user_id, title), key or "", digest, title or ""),
@@ -204,6 +213,8 @@ class PendingLog:
                 return Created(created, replayed=answer[0] == b"REPLAY")
             if answer[0] == b"ASK_KEY" and key:
                 asked = await self._load_created_keys(shard, user_id, key)
+            elif answer[0] == b"TAKEN":
+                reserved = None
             else:
                 await self._prepare(answer[0], shard, user_id, None)
             return None
@@ -214,7 +225,12 @@ class PendingLog:
         """Appends a new title; raises as `append` does."""
         shard = self._shard(user_id, conversation_id)
         body = conversation_body(conversation_id, user_id, title)
-        script_keys = [*self._log_keys(shard), *self._conversation_keys(shard, conversation_id), keys.changed(shard, user_id)]
+        script_keys = [
+            *self._log_keys(shard),
+            *self._conversation_keys(shard, conversation_id),
+            keys.changed(shard, user_id),
+            keys.events(shard, user_id),
+        ]
 
         async def attempt() -> ConversationState | None:
             arguments: list[Argument] = [shard, user_id, conversation_id, body, title, self._backlog.limit(shard), WAKE_LEASE_MS]
@@ -236,6 +252,7 @@ class PendingLog:
             *self._conversation_keys(shard, conversation_id),
             keys.changed(shard, user_id),
             keys.turn(shard, conversation_id),
+            keys.events(shard, user_id),
         ]
 
         async def attempt() -> bool | None:
@@ -338,7 +355,7 @@ class PendingLog:
 
     async def _seed(self, shard: int) -> None:
         highest = await self.threads.run(partial(loading.highest_id, shard, self._settings.shards, self._seconds))
-        await self._scripts.run("seed", [keys.clock(shard), keys.committed(shard), keys.log(shard)], [highest])
+        await self._scripts.run("seed", [keys.clock(shard), keys.committed(shard), keys.log(shard)], [highest, CLOCK_AHEAD_MS])
         log.warning("shard clock seeded", shard=shard, highest_id=highest)
 
     async def _load(self, shard: int, user_id: int, conversation_id: int) -> None:
@@ -363,7 +380,7 @@ class PendingLog:
             await self._scripts.run("load", [*self._conversation_keys(shard, conversation_id), lease], arguments)
 
     async def _load_created_keys(self, shard: int, user_id: int, key: str) -> str:
-        """Answers '1' if Postgres was asked for the key, '' if somebody else was at it."""
+        """Answers '1' if Redis has now what Postgres knows of the key, '' if it is to be looked at again."""
         async with self._lease(keys.loading_user(shard, user_id)) as token:
             if token is None:
                 return ""
@@ -376,8 +393,8 @@ class PendingLog:
             for pair in pairs:
                 arguments += pair
             script_keys = [keys.created_keys(shard, user_id), keys.loading_user(shard, user_id), keys.changed(shard, user_id)]
-            await self._scripts.run("load_user", script_keys, arguments)
-        return "1"
+            answer = await self._scripts.run("load_user", script_keys, arguments)
+        return "1" if answer[0] == b"OK" else ""
 
     async def _ask_key(self, shard: int, conversation_id: int, user_id: int, key: str) -> None:
         pairs = await self.threads.run(partial(loading.find_retry_key, conversation_id, user_id, key, self._seconds))
@@ -403,21 +420,14 @@ class PendingLog:
     async def _lease(self, key: str) -> AsyncIterator[str | None]:
         """A lease that only one loader holds; None (after a short wait) if another does."""
         token = secrets.token_hex(8)
-        try:
-            async with asyncio.timeout(self._settings.redis_timeout_seconds):
-                taken = await self._client.set(key, token, nx=True, px=LOAD_LEASE_MS)
-        except TimeoutError as exc:
-            raise RedisUnavailable() from exc
-        except RedisError as exc:
-            raise translate(exc) from exc
-        if not taken:
+        if not await self._scripts.run("lease", [key], [token, LOAD_LEASE_MS]):
             await asyncio.sleep(0.02)
             yield None
             return
         try:
             yield token
-        except ChatkeepError:
-            await self._scripts.run("turn", [key], [token, 0])  # the same "end it if it is mine"
+        except BaseException:  # a caller who hangs up (cancelled) must not keep the next ones waiting either
+            self._spawn(self._scripts.run("turn", [key], [token, 0]))  # the same "end it if it is mine"
             raise
 
     def _shard(self, user_id: int, conversation_id: int) -> int:
@@ -453,7 +463,7 @@ class _Backlog:
 
     def __init__(self, client: AsyncRedis, settings: Settings) -> None:
         self._client = client
-        self._max = settings.pending_bytes_max
+        self._max = self._settings_max = settings.pending_bytes_max
         self._bytes = [0] * settings.shards
 
     def limit(self, shard: int) -> int:
@@ -464,13 +474,23 @@ class _Backlog:
         """Looks every half second; keeps the last figures while Redis is away (then nothing is appended either)."""
         while True:
             try:
-                async with self._client.pipeline(transaction=False) as pipeline:
-                    for shard in range(len(self._bytes)):
-                        pipeline.get(keys.backlog_bytes(shard))
-                    self._bytes = [int(value or 0) for value in await pipeline.execute()]
+                await self.look()
             except (RedisError, OSError) as exc:
                 log.warning("backlog unknown", error=type(exc).__name__)
             await asyncio.sleep(0.5)
+
+    async def look(self) -> None:
+        """Takes the figures."""
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for shard in range(len(self._bytes)):
+                pipeline.get(keys.backlog_bytes(shard))
+            pipeline.info("memory")
+            *sizes, memory = await pipeline.execute()
+        self._bytes = [int(size or 0) for size in sizes]
+        self._max = self._settings_max
+        if memory.get("maxmemory"):
+            room = int(memory["maxmemory"] * MEMORY_FULL) - memory["used_memory"]
+            self._max = min(self._max, sum(self._bytes) + room)
 
 
 async def _quietly(work: Awaitable[None]) -> None:
@@ -539,18 +559,20 @@ def has_entries(client: Redis, shard: int) -> bool:
 def fetch(client: Redis, shard: int, entries_max: int, bytes_max: int) -> list[RawEntry]:
     """The oldest entries of a shard, in order; at least one if there is any. Call it only while holding the shard's lock."""
     entries: list[RawEntry] = []
-    start, size = "-", 0
-    while len(entries) < entries_max and size < bytes_max:
-        count = min(_FETCH_PAGE, entries_max - len(entries))
+    start, size, count = "-", 0, min(_FETCH_PAGE_FIRST, entries_max)
+    while True:
         page: list[tuple[bytes, dict[bytes, bytes]]] = _call(
             partial(client.execute_command, "XRANGE", keys.log(shard), start, "+", "COUNT", count)
         )
         entries += (RawEntry(entry_id, fields) for entry_id, fields in page)
-        if len(page) < count:
-            break
-        size += sum(entry.size for entry in entries[-len(page) :])
+        size += sum(entry.size for entry in entries[len(entries) - len(page) :])
+        if len(page) < count or size >= bytes_max:
+            return entries
+        average = size // len(entries)  # a page of the largest messages would take 300 MB
+        count = min(_FETCH_PAGE, entries_max - len(entries), (bytes_max - size) // average + 1)
+        if count == 0:
+            return entries
         start = "(" + entries[-1].id.decode()
-    return entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -571,16 +593,24 @@ def trim(
     ttl_seconds: int,
     messages_kept: int,
 ) -> Trimmed:
-    """Removes these committed entries, and lets what they touched expire. `conversations` are (id, user id). Safe to run again."""
+    """Removes these committed entries, and lets what they touched expire. Safe to run again.
+
+    `conversations` are (id, user id) of those whose last entry is among these: they are settled in the same step, so that a crash
+    between two trims leaves no conversation that nobody settles.
+    """
     position = {conversation: i + 1 for i, (conversation, _) in enumerate(conversations)}
     script_keys = [keys.log(shard), keys.committed(shard), keys.backlog_bytes(shard), keys.wake(shard)]
     for conversation_id, user_id in conversations:
         script_keys += [
             *PendingLog._conversation_keys(shard, conversation_id),
+            keys.loading(shard, conversation_id),
             keys.changed(shard, user_id),
             keys.created_keys(shard, user_id),
+            keys.events(shard, user_id),
         ]
-    arguments: list[Argument] = [ttl_seconds, ttl_seconds + EXTRA_TTL_SECONDS, messages_kept, len(entries), len(conversations)]
+    numbers = (keys.entry_number(entry.id) or 0 for entry in entries)
+    highest = max((number for number in numbers if keys.shard_of_id(number) == shard), default=0)
+    arguments: list[Argument] = [ttl_seconds, ttl_seconds + EXTRA_TTL_SECONDS, messages_kept, highest, len(entries), len(conversations)]
     arguments += [entry.id for entry in entries]
     arguments += [entry.size for entry in entries]
     arguments += [conversation_id for conversation_id, _ in conversations]
@@ -592,7 +622,7 @@ def trim(
 
 @dataclass(frozen=True, slots=True)
 class ShardBacklog:
-    """What a shard holds; ages in seconds by Redis's own clock."""
+    """What a shard holds; ages in seconds by Redis's own clock (its distance, if the clock was set back since)."""
 
     shard: int
     entries: int
@@ -617,15 +647,20 @@ def backlog(client: Redis, shards: int) -> list[ShardBacklog]:
     found = []
     for shard in range(shards):
         length, size, oldest = answers[3 * shard : 3 * shard + 3]
-        age = max(0, now - int(oldest[0][1].get(b"t", now))) / 1e6 if oldest else 0.0
+        age = abs(now - _born(*oldest[0])) / 1e6 if oldest else 0.0
         found.append(ShardBacklog(shard, length, int(size or 0), age))
     return found
 
 
-def ask_for_flush(client: Redis, shard: int, oldest_age_seconds: float) -> bool:
-    """True if no flush of this shard is on its way: the caller then sends one. The lease grows as in `lua/common.lua`."""
-    lease_ms = max(WAKE_LEASE_MS, min(int(oldest_age_seconds * 500), LONGEST_LEASE_MS))
-    return bool(_call(lambda: client.set(keys.wake(shard), "1", nx=True, px=lease_ms)))
+def _born(entry_id: bytes, fields: dict[bytes, bytes]) -> int:
+    """When an entry was appended (Unix microseconds); of one that no append wrote, what its id says."""
+    moment = fields.get(b"t", b"")
+    return int(moment) if moment.isdigit() and len(moment) < 18 else keys.microseconds_of(int(entry_id.partition(b"-")[0]))
+
+
+def ask_for_flush(client: Redis, shard: int) -> bool:
+    """True if no flush of this shard is on its way: the caller then sends one."""
+    return bool(run(client, "ask", [keys.log(shard), keys.wake(shard)], [WAKE_LEASE_MS]))
 
 
 def made_with_shards(client: Redis) -> int | None:

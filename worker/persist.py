@@ -18,6 +18,7 @@ import psycopg2
 from psycopg2.extensions import cursor as Cursor
 from psycopg2.extras import execute_values
 
+from worker import keys
 from worker.codec import Entry, decode_entry, to_datetime
 from worker.errors import BadEntry
 from worker.loading import SHARD_LOCK
@@ -31,14 +32,36 @@ CREATE TEMP TABLE stage (
 _COLUMNS = "id, conversation_id, user_id, role, content, created_at, status, idempotency_key"
 
 
+@dataclass(frozen=True, slots=True)
+class Touched:
+    """A conversation that a batch is about, dead letters included; `last` is its last entry in the batch."""
+
+    user_id: int
+    last: RawEntry
+
+
 @dataclass(slots=True)
 class Persisted:
-    """What a batch came to. `conversations` are (id, user id), each once."""
+    """What a batch came to."""
 
     messages: int = 0
     dead: int = 0
-    conversations: dict[int, int] = field(default_factory=dict)
+    conversations: dict[int, Touched] = field(default_factory=dict)
     withdrawn: list[Withdrawn] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Change:
+    """What a batch changes in a conversation's row. `given_title`: what its first message named it."""
+
+    activity: datetime | None = None
+    title: str | None = None
+    given_title: str | None = None
+
+    def message(self, entry: Entry) -> None:
+        moment = to_datetime(entry.microseconds)
+        self.activity = max(self.activity or moment, moment)
+        self.given_title = self.given_title or entry.extra or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +90,14 @@ def persist_batch(cursor: Cursor, shard: int, shards: int, batch: Sequence[RawEn
     dead: list[_Dead] = []
     for raw in batch:
         try:
-            decoded.append((raw, decode_entry(raw.id, raw.fields)))
+            entry = decode_entry(raw.id, raw.fields)
         except BadEntry as exc:
             dead.append(_Dead(raw, "malformed", type(exc.__cause__).__name__ if exc.__cause__ else ""))
+        else:
+            if keys.shard_of_id(entry.id) == shard:
+                decoded.append((raw, entry))
+            else:
+                dead.append(_Dead(raw, "other_shard"))
     cursor.execute(_STAGE)
     dead += _apply_or_halve(cursor, decoded, done)
     _bury(cursor, shard, dead)
@@ -90,10 +118,13 @@ def _apply_or_halve(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], d
     try:
         part = Persisted()
         dead = _apply(cursor, entries, part)
-    except (psycopg2.DataError, psycopg2.IntegrityError, OverflowError) as exc:
+    except (psycopg2.DataError, psycopg2.IntegrityError, OverflowError, ValueError) as exc:  # the last two: psycopg2 cannot write the value
         cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
         if len(entries) == 1:
-            return [_Dead(entries[0][0], "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
+            [(raw, entry)] = entries
+            before = done.conversations.get(entry.conversation_id)
+            done.conversations[entry.conversation_id] = Touched(before.user_id if before else entry.user_id, raw)
+            return [_Dead(raw, "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
         middle = len(entries) // 2
         return _apply_or_halve(cursor, entries[:middle], done) + _apply_or_halve(cursor, entries[middle:], done)
     cursor.execute("RELEASE SAVEPOINT part")
@@ -118,29 +149,26 @@ def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Pers
             gone.add(number)
     dead: list[_Dead] = []
     messages: dict[int, tuple[RawEntry, Entry]] = {}
-    titles: dict[int, str] = {}
-    activity: dict[int, datetime] = {}
+    changes: dict[int, _Change] = {}
     deletions: dict[int, datetime] = {}
     for raw, entry in entries:
         number = entry.conversation_id
+        done.conversations[number] = Touched(owners.get(number, entry.user_id), raw)
         if owners.get(number) != entry.user_id:
             dead.append(_Dead(raw, "no_conversation"))
             continue
-        done.conversations[number] = entry.user_id
         if number in gone:
             continue
         if entry.kind == "m":
             messages[entry.id] = raw, entry
-            activity[number] = to_datetime(entry.microseconds)
-            if entry.extra:
-                titles[number] = entry.extra
-        elif entry.kind == "r" and entry.title is not None:
-            titles[number] = entry.title
+            changes.setdefault(number, _Change()).message(entry)
+        elif entry.kind == "r":
+            changes.setdefault(number, _Change()).title = entry.title
         elif entry.kind == "d":
             deletions[number] = to_datetime(entry.microseconds)
     kept = {number: pair for number, pair in messages.items() if pair[1].conversation_id not in deletions}
     dead += _insert_messages(cursor, kept, done)
-    _update_conversations(cursor, titles, activity)
+    _update_conversations(cursor, changes)
     _delete_conversations(cursor, deletions)
     return dead
 
@@ -191,17 +219,17 @@ def _insert_messages(cursor: Cursor, messages: dict[int, tuple[RawEntry, Entry]]
     return dead
 
 
-def _update_conversations(cursor: Cursor, titles: dict[int, str], activity: dict[int, datetime]) -> None:
-    touched = sorted(titles.keys() | activity.keys())
-    if not touched:
+def _update_conversations(cursor: Cursor, changes: dict[int, _Change]) -> None:
+    """A title that a message gave never overwrites one, not even when its entry is replayed after a person has renamed."""
+    if not changes:
         return
     execute_values(
         cursor,
-        "UPDATE conversation c SET updated_at = GREATEST(c.updated_at, v.updated_at), title = COALESCE(v.title, c.title) "
-        "FROM (VALUES %s) AS v (id, updated_at, title) WHERE c.id = v.id AND c.deleted_at IS NULL",
-        [(number, activity.get(number), titles.get(number)) for number in touched],
-        template="(%s, %s::timestamptz, %s::text)",
-        page_size=len(touched),
+        "UPDATE conversation c SET updated_at = GREATEST(c.updated_at, v.updated_at), title = COALESCE(v.title, c.title, v.given) "
+        "FROM (VALUES %s) AS v (id, updated_at, title, given) WHERE c.id = v.id AND c.deleted_at IS NULL",
+        [(number, change.activity, change.title, change.given_title) for number, change in sorted(changes.items())],
+        template="(%s, %s::timestamptz, %s::text, %s::text)",
+        page_size=len(changes),
     )
 
 

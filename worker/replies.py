@@ -79,7 +79,7 @@ class ReplyStreams:
         """Begins a reply with its first event, for whoever holds the turn."""
         whom = f"{writer.conversation_id}:{writer.user_id}"
         arguments: list[Argument] = [writer.token, TURN_LEASE_MS, whom, writer.question_id, user_message, int(drop_abandoned)]
-        answer = await self._scripts.run("reply_begin", self._keys(writer.conversation_id), arguments)
+        answer = await self._scripts.run("reply_begin", self._keys(writer.user_id, writer.conversation_id), arguments)
         if answer[0] == b"OK":
             writer.next = int(answer[1]) + 1
             return "OK"
@@ -97,20 +97,22 @@ class ReplyStreams:
 
     async def read(self, conversation_id: int, after: str = "", count: int = _PAGE) -> Running:
         """The events after `after` ('' for all), at most `count`."""
-        reply, turn, *_ = self._keys(conversation_id)
+        shard = keys.shard_of_id(conversation_id)
+        reply, turn = keys.reply(shard, conversation_id), keys.turn(shard, conversation_id)
         held, ended, entries = await self._scripts.run("reply_read", [reply, turn], [after, count])
         events = tuple(Event(entry_id.decode(), fields[1].decode(), fields[3], fields[5] == b"1") for entry_id, fields in entries)
         return Running(bool(held), bool(ended), events)
 
     async def stop(self, conversation_id: int) -> bool:
         """Asks the writer, wherever it runs, to stop; False if nothing is running."""
-        _, turn, stop, _ = self._keys(conversation_id)
+        shard = keys.shard_of_id(conversation_id)
+        turn, stop = keys.turn(shard, conversation_id), keys.stop(shard, conversation_id)
         return bool(await self._scripts.run("reply_stop", [turn, stop], [_STOP_MS]))
 
     async def close_abandoned(self, user_id: int, conversation_id: int, name: EventName | None, data: bytes = b"") -> bool:
         """Ends a reply whose writer is gone; without an event (the conversation is gone too), drops it."""
         arguments: list[Argument] = [f"{conversation_id}:{user_id}", name or "", data, LINGER_MS]
-        return bool(await self._scripts.run("reply_close", self._keys(conversation_id), arguments))
+        return bool(await self._scripts.run("reply_close", self._keys(user_id, conversation_id), arguments))
 
     async def begun(self) -> list[tuple[int, int]]:
         """(user, conversation) of every reply, of any process, that has begun and not ended."""
@@ -131,17 +133,18 @@ class ReplyStreams:
     async def _add(self, writer: Writer, event_id: str, name: str, data: bytes, last: bool) -> Outcome:
         whom = f"{writer.conversation_id}:{writer.user_id}"
         arguments: list[Argument] = [writer.token, TURN_LEASE_MS, whom, event_id, name, data, LINGER_MS, int(last)]
-        answer: bytes = await self._scripts.run("reply_add", self._keys(writer.conversation_id), arguments)
+        answer: bytes = await self._scripts.run("reply_add", self._keys(writer.user_id, writer.conversation_id), arguments)
         return "OK" if answer == b"OK" else "STOP" if answer == b"STOP" else "LOST"
 
     @staticmethod
-    def _keys(conversation_id: int) -> list[str]:
+    def _keys(user_id: int, conversation_id: int) -> list[str]:
         shard = keys.shard_of_id(conversation_id)
         return [
             keys.reply(shard, conversation_id),
             keys.turn(shard, conversation_id),
             keys.stop(shard, conversation_id),
             keys.turns(shard),
+            keys.events(shard, user_id),
         ]
 
 

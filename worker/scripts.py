@@ -19,7 +19,7 @@ from typing import Any
 
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
-from redis.exceptions import NoScriptError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from worker import keys
 from worker.codec import ENTRY_OVERHEAD_BYTES
@@ -29,9 +29,11 @@ from worker.settings import SHARD_SLOTS
 Argument = str | bytes | int | float
 _FOLDER = Path(__file__).parent / "lua"
 LONGEST_LEASE_MS = 60_000
+EVENTS_KEPT = 1000
+"""Of a user's event stream, about."""
 _CONSTANTS = (
     f"local EPOCH, TICK, SLOTS = {keys.EPOCH_MICROSECONDS}, {keys.TICK_MICROSECONDS}, {SHARD_SLOTS}\n"
-    f"local OVERHEAD, LONGEST_LEASE_MS = {ENTRY_OVERHEAD_BYTES}, {LONGEST_LEASE_MS}\n"
+    f"local OVERHEAD, LONGEST_LEASE_MS, EVENTS_KEPT = {ENTRY_OVERHEAD_BYTES}, {LONGEST_LEASE_MS}, {EVENTS_KEPT}\n"
 )
 
 
@@ -64,12 +66,16 @@ def run(client: Redis, name: str, script_keys: Sequence[str], arguments: Sequenc
 
 def translate(exc: Exception) -> ChatkeepError:
     """A driver's error in our words. Whatever Redis refuses to do because it could not keep it is `NotDurable`, not an outage."""
-    text = str(exc)
+    text = str(exc)  # an error that a script met in a command has the script's words before it
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
         return BacklogFull("Redis is out of memory; nothing more is accepted until it has some again.")
-    if isinstance(exc, ResponseError) and text.startswith(("MISCONF", "READONLY", "NOREPLICAS")):
-        return NotDurable("Redis refuses writes (" + text.split(" ", 1)[0] + ").")
+    refused = "READONLY" if isinstance(exc, ReadOnlyError) else next((code for code in _REFUSALS if code in text), None)
+    if refused and isinstance(exc, ResponseError):
+        return NotDurable(f"Redis refuses writes ({refused}).")
     return RedisUnavailable()
+
+
+_REFUSALS = ("MISCONF", "READONLY", "NOREPLICAS")
 
 
 @dataclass(slots=True)

@@ -53,9 +53,7 @@ def sweep() -> dict[str, Any]:
     try:
         backlogs = pending.backlog(client(), settings.shards)
         asked = [
-            one.shard
-            for one in backlogs
-            if one.entries and one.oldest_age_seconds > late and pending.ask_for_flush(client(), one.shard, one.oldest_age_seconds)
+            one.shard for one in backlogs if one.entries and one.oldest_age_seconds > late and pending.ask_for_flush(client(), one.shard)
         ]
     except TryAgainLater as exc:
         log.warning("sweep postponed", error=type(exc).__name__)

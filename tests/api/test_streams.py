@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 import httpx2
@@ -16,8 +16,11 @@ from fastapi import FastAPI
 from api.app import create_app
 from api.replies import Turn
 from tests import core
+from worker import keys
 from worker.embedded import free_port
 from worker.errors import ReplyFailed
+from worker.flush import flush_shard
+from worker.redis import connect_sync
 from worker.settings import Settings
 
 pytestmark = pytest.mark.anyio
@@ -135,12 +138,16 @@ class TestTurnAsAStream:
         session = await site.start()
         async with turn(site, session) as events:
             first = await events.next()
-            assert first and first["event"] == "user_message" and first["data"]["content"] == "Hello"
+            assert first
+            assert first["event"] == "user_message"
+            assert first["data"]["content"] == "Hello"
             assert [m["content"] for m in await site.history(session)] == ["Hello"]
             site.model.say("One ", "two", None)
             rest = await events.rest()
-        assert set(names(rest[:-1])) == {"delta"} and text(rest) == "One two"
-        assert rest[-1]["event"] == "assistant_message" and rest[-1]["data"]["status"] == "complete"
+        assert set(names(rest[:-1])) == {"delta"}
+        assert text(rest) == "One two"
+        assert rest[-1]["event"] == "assistant_message"
+        assert rest[-1]["data"]["status"] == "complete"
         assert (await site.history(session))[-1] == rest[-1]["data"] | {"state": (await site.history(session))[-1]["state"]}
 
     async def test_ids_rise_and_are_unique(self, site: Site) -> None:
@@ -175,14 +182,16 @@ class TestTurnAsAStream:
             async with turn(site, session) as events:
                 got = await events.rest()
             assert names(got)[-2:] == ["assistant_message", "error"]
-            assert got[-2]["data"]["content"] == "12345" and got[-2]["data"]["status"] == "incomplete"
+            assert got[-2]["data"]["content"] == "12345"
+            assert got[-2]["data"]["status"] == "incomplete"
 
     async def test_a_silent_model_has_failed(self, settings: Settings) -> None:
         settings = settings.model_copy(update={"reply_idle_seconds": 0.3})
         async with serve(settings, core.make_user()) as site:
             session = await site.start()
             answer = await site.http.post(f"/api/chat/{session}/message", json={"message": "Hello"})
-            assert answer.status_code == 502 and [m["content"] for m in await site.history(session)] == ["Hello"]
+            assert answer.status_code == 502
+            assert [m["content"] for m in await site.history(session)] == ["Hello"]
 
     async def test_a_user_at_the_limit_of_streams_is_refused_before_anything_is_stored(self, settings: Settings) -> None:
         settings = settings.model_copy(update={"streams_per_user_max": 1})
@@ -192,7 +201,8 @@ class TestTurnAsAStream:
                 await events.next()
                 headers = {"Accept": "text/event-stream"}
                 refused = await site.http.post(f"/api/chat/{other}/message", json={"message": "x"}, headers=headers)
-                assert refused.status_code == 429 and await site.history(other) == []
+                assert refused.status_code == 429
+                assert await site.history(other) == []
                 site.model.say("a", None)
                 await events.rest()
             site.model.say("b", None)
@@ -209,13 +219,15 @@ class TestFollow:
                 await events.next()
                 one.model.say("first ")
                 seen = await events.next()
-                assert seen and seen["data"] == {"text": "first "}
+                assert seen
+                assert seen["data"] == {"text": "first "}
                 async with opened(two, "GET", f"/api/chat/{session}/stream") as whole:
                     assert names([await whole.next(), await whole.next()]) == ["user_message", "delta"]  # type: ignore[list-item]
                     async with opened(two, "GET", f"/api/chat/{session}/stream", headers={"Last-Event-ID": seen["id"]}) as resumed:
                         one.model.say("second", None)
                         a, b, c = await events.rest(), await whole.rest(), await resumed.rest()
-            assert a == b == c and text(a) == "second"
+            assert a == b == c
+            assert text(a) == "second"
 
     async def test_nothing_runs(self, site: Site) -> None:
         session = await site.start()
@@ -264,10 +276,12 @@ class TestStop:
             await events.next()
             await site.http.post(f"/api/chat/{session}/stop")
             last = (await events.rest())[-1]
-        assert last["event"] == "error" and last["data"]["type"].endswith("reply-stopped")
+        assert last["event"] == "error"
+        assert last["data"]["type"].endswith("reply-stopped")
         site.model.say("now", None)
         again = await site.http.post(f"/api/chat/{session}/message", json={"message": "Hello"}, headers={"Idempotency-Key": "k"})
-        assert again.json()["reply"] == "now" and len(await site.history(session)) == 2
+        assert again.json()["reply"] == "now"
+        assert len(await site.history(session)) == 2
 
     async def test_stopping_nothing_is_fine(self, site: Site) -> None:
         assert (await site.http.post(f"/api/chat/{await site.start()}/stop")).status_code == 202
@@ -282,7 +296,8 @@ class TestFailure:
         assert [m["role"] for m in await site.history(session)] == ["user"]
         site.model.say("better", None)
         again = await site.http.post(f"/api/chat/{session}/message", **call)
-        assert again.status_code == 200 and again.json()["reply"] == "better"
+        assert again.status_code == 200
+        assert again.json()["reply"] == "better"
         assert [m["content"] for m in await site.history(session)] == ["Hello", "better"]
 
     async def test_after_some_text_that_is_kept_and_an_error_says_why(self, site: Site) -> None:
@@ -291,7 +306,8 @@ class TestFailure:
         async with turn(site, session) as events:
             got = await events.rest()
         assert names(got) == ["user_message", "delta", "assistant_message", "error"]
-        assert got[2]["data"]["status"] == "incomplete" and got[3]["data"]["status"] == 502
+        assert got[2]["data"]["status"] == "incomplete"
+        assert got[3]["data"]["status"] == 502
 
     async def test_a_second_turn_meanwhile_is_refused(self, site: Site) -> None:
         session = await site.start()
@@ -345,7 +361,8 @@ class TestDeadProcess:
         await self.abandon(site, session)
         async with opened(site, "GET", f"/api/chat/{session}/stream") as events:
             got = await events.rest()
-        assert names(got) == ["user_message", "delta", "assistant_message"] and got[-1]["data"]["status"] == "incomplete"
+        assert names(got) == ["user_message", "delta", "assistant_message"]
+        assert got[-1]["data"]["status"] == "incomplete"
 
     async def test_any_process_notices(self, site: Site) -> None:
         session = await site.start()
@@ -379,7 +396,59 @@ class TestAiSdk:
         assert [chunk["type"] for chunk in chunks[:-1]] == ["start", "text-start", "text-delta", "text-end", "finish"]
 
 
+def flush_now(settings: Settings, user: int) -> None:
+    with closing(connect_sync(settings)) as client:
+        flush_shard(client, settings, keys.shard_of_user(user, settings.shards))
+
+
 async def eventually(look: Any, right: Any, seconds: float = 20) -> None:
     async with asyncio.timeout(seconds):
         while not right(await look()):
             await asyncio.sleep(0.05)
+
+
+class TestEvents:
+    async def test_another_device_sees_everything(self, settings: Settings) -> None:
+        user = core.make_user()
+        async with serve(settings, user) as one, serve(settings, user) as two, opened(two, "GET", "/api/events") as events:
+            assert (await events.next() or {})["event"] == "resync"
+            session = await one.start()
+            assert (await events.next() or {})["data"]["title"] is None
+            one.model.say("Hi", None)
+            answer = (await one.http.post(f"/api/chat/{session}/message", json={"message": "Hello"})).json()
+            got = [await events.next() for _ in range(5)]
+            assert [event and event["event"] for event in got] == ["message", "conversation", "reply", "message", "reply"]
+            assert [event and event["data"] for event in got[::3]] == [answer["user_message"], answer["assistant_message"]]
+            assert got[1]["data"]["title"] == "Hello"  # type: ignore[index]
+            await asyncio.to_thread(flush_now, settings, user)
+            committed = await events.next()
+            assert committed
+            assert committed["data"] == {"conversation_id": int(session), "up_to": committed["data"]["up_to"]}
+            assert committed["data"]["up_to"] >= answer["assistant_message"]["id"]
+            await one.http.patch(f"/api/conversations/{session}", json={"title": "Named"})
+            assert (await events.next() or {})["data"]["title"] == "Named"
+            await one.http.delete(f"/api/conversations/{session}")
+            assert (await events.next() or {})["event"] == "conversation_deleted"
+
+    async def test_a_reader_goes_on_where_it_left_off_or_is_told_that_it_cannot(self, site: Site) -> None:
+        async with opened(site, "GET", "/api/events") as events:
+            first = await events.next()
+        assert first
+        session = await site.start()
+        async with opened(site, "GET", "/api/events", headers={"Last-Event-ID": first["id"]}) as events:
+            assert (await events.next() or {})["data"]["id"] == int(session)
+        async with opened(site, "GET", "/api/events", headers={"Last-Event-ID": "1-1"}) as events:
+            assert (await events.next() or {})["event"] == "resync"
+
+    async def test_nobody_elses(self, site: Site, settings: Settings) -> None:
+        other = core.make_user()
+        headers = {"Authorization": f"Bearer {site.app.state.tokens.issue(other)}"}
+        async with opened(site, "GET", "/api/events", headers=headers) as events:
+            await events.next()
+            await site.start()
+            theirs = (await site.http.post("/api/chat/start", json={}, headers=headers)).json()["conversation_id"]
+            assert (await events.next() or {})["data"]["id"] == theirs
+
+    async def test_without_a_reader_nothing_is_written(self, site: Site) -> None:
+        await site.start()
+        assert await site.app.state.turns._streams._client.keys("ck:*:e:*") == []

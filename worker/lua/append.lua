@@ -1,12 +1,12 @@
 -- Appends a message to the pending log: the one script behind an acknowledgement. All checks come before the first write.
--- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 committed  10 turn
+-- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 committed  10 turn  11 events
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 retry key or ''  6 request hash  7 title if the conversation has none, or ''
 --      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key  11 turn token or ''  12 turn lease (ms)
 -- Answers {'OK', id, microseconds, wake, committed}; {'REPLAY', id, committed, {stored message}, reply id or ''}; or one of
 --   {'UNKNOWN'} load the conversation first   {'NOT_FOUND'} absent, deleted or somebody else's   {'ASK_KEY'} Postgres may know the key
 --   {'NEED_SEED'} the clock is gone   {'FULL'} the backlog is at its limit   {'KEY_REUSED'}   {'TURN_RUNNING'}
 -- Run twice with a retry key it appends once; that is what makes a lost reply harmless.
-local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 't', 'k')
+local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 't', 'k', 'm', 'a', 's')
 if not known[1] then return {'UNKNOWN'} end
 if known[1] ~= ARGV[2] or known[2] == '1' then return {'NOT_FOUND'} end
 
@@ -24,7 +24,7 @@ if key ~= '' then
   end
 end
 
-if ARGV[11] ~= '' and redis.call('EXISTS', KEYS[10]) == 1 then return {'TURN_RUNNING'} end
+if ARGV[11] ~= '' and held(KEYS[10], ARGV[12]) then return {'TURN_RUNNING'} end
 if replayed then
   redis.call('SET', KEYS[10], ARGV[11], 'PX', ARGV[12])
   return replayed
@@ -38,10 +38,11 @@ if tonumber(redis.call('GET', KEYS[3]) or '0') + size > tonumber(ARGV[8]) then r
 
 local now = server_microseconds()
 local id, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
+if id <= tonumber(known[6]) then return {'NEED_SEED'} end  -- Postgres is ahead of this clock: Redis was restored from an older state
 if not append_entry(KEYS[1], KEYS[2], KEYS[3], id, tick, size, 'm', now, ARGV[4], key, title) then return {'NEED_SEED'} end
 id = int(id)
 redis.call('XADD', KEYS[6], id .. '-0', 't', int(now), 'b', ARGV[4])
-redis.call('HSET', KEYS[5], 'l', id, 'm', id, 'a', int(now))
+redis.call('HSET', KEYS[5], 'l', id, 'm', id, 'a', int(math.max(now, known[7])))  -- as in Postgres, it never goes back
 if title ~= '' then redis.call('HSET', KEYS[5], 't', title) end
 if key ~= '' then redis.call('HSET', KEYS[7], key, id .. ':' .. ARGV[6]) end
 if known[3] == '0' then  -- clean until now: from here on nothing of it may expire
@@ -51,4 +52,6 @@ if known[3] == '0' then  -- clean until now: from here on nothing of it may expi
 end
 redis.call('ZADD', KEYS[8], id, ARGV[3])
 if ARGV[11] ~= '' then redis.call('SET', KEYS[10], ARGV[11], 'PX', ARGV[12]) end
+tell(KEYS[11], 'message', id, int(now), ARGV[4], '')
+if title ~= '' then tell(KEYS[11], 'conversation', ARGV[3], title, known[8], int(now)) end
 return {'OK', id, int(now), ask_for_flush(KEYS[1], KEYS[4], ARGV[9]), redis.call('GET', KEYS[9]) or '0'}

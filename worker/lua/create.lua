@@ -1,11 +1,13 @@
 -- Appends a new conversation to the pending log.
--- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 changed  7 created keys
+-- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 changed  7 created keys  8 events
 -- ARGV 1 shard  2 user  3 conversation id (reserved)  4 body  5 retry key or ''  6 request hash  7 title or ''
 --      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key
--- Answers {'OK', id, microseconds, wake}, {'REPLAY', id, microseconds}, {'KEY_REUSED'}, {'ASK_KEY'}, {'NEED_SEED'} or {'FULL'}.
+-- Answers {'OK', id, microseconds, wake}, {'REPLAY', id, microseconds}, {'KEY_REUSED'}, {'ASK_KEY'}, {'NEED_SEED'}, {'FULL'}, or {'TAKEN'}: reserve
+-- another id (the shard's clock was lost and set back since).
 -- Run twice with one reserved id it appends once.
-local made = redis.call('HGET', KEYS[5], 's')
-if made then return {'OK', ARGV[3], made, 0} end
+local made = redis.call('HMGET', KEYS[5], 's', 'u')
+if made[2] and made[2] ~= ARGV[2] then return {'TAKEN'} end
+if made[1] then return {'OK', ARGV[3], made[1], 0} end
 
 local key = ARGV[5]
 if key ~= '' then
@@ -33,4 +35,5 @@ if key ~= '' then
   redis.call('HSET', KEYS[7], key, ARGV[3] .. ':' .. now .. ':' .. ARGV[6])
 end
 redis.call('PERSIST', KEYS[7])
+tell(KEYS[8], 'conversation', ARGV[3], ARGV[7], now, now)
 return {'OK', ARGV[3], now, ask_for_flush(KEYS[1], KEYS[4], ARGV[9])}

@@ -1,5 +1,5 @@
 -- Appends a deletion to the pending log and leaves a tombstone, so that neither a read nor a late write finds the conversation again.
--- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 turn
+-- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 turn  10 events
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 wake lease (ms)
 -- Answers {'OK', wake}, {'UNKNOWN'}, {'NOT_FOUND'} or {'NEED_SEED'}. A full backlog does not stop it: it is what frees space.
 local known = redis.call('HMGET', KEYS[5], 'u', 'd')
@@ -15,4 +15,5 @@ redis.call('HSET', KEYS[5], 'd', '1', 't', '', 'l', int(entry))
 redis.call('PERSIST', KEYS[5])
 redis.call('DEL', KEYS[6], KEYS[7], KEYS[9])
 redis.call('ZADD', KEYS[8], int(entry), ARGV[3])
+tell(KEYS[10], 'conversation_deleted', ARGV[3], '', '', '')
 return {'OK', ask_for_flush(KEYS[1], KEYS[4], ARGV[5])}

@@ -1,5 +1,5 @@
 -- Appends a new title to the pending log.
--- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed
+-- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 events
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 title  6 backlog limit (bytes)  7 wake lease (ms)
 -- Answers {'OK', created, last activity, wake}, {'UNKNOWN'}, {'NOT_FOUND'}, {'NEED_SEED'} or {'FULL'}.
 local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 's', 'a')
@@ -20,4 +20,5 @@ if known[3] == '0' then
   redis.call('PERSIST', KEYS[7])
 end
 redis.call('ZADD', KEYS[8], int(entry), ARGV[3])
+tell(KEYS[9], 'conversation', ARGV[3], ARGV[5], known[4], known[5])
 return {'OK', known[4], known[5], ask_for_flush(KEYS[1], KEYS[4], ARGV[7])}

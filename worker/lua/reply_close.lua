@@ -1,9 +1,10 @@
 -- Ends a reply whose writer is gone, with the event that says what became of it. Any number of processes may try.
--- KEYS 1 reply  2 turn  3 stop  4 turns
+-- KEYS 1 reply  2 turn  3 stop  4 turns  5 events
 -- ARGV 1 'conversation:user'  2 event or '' if the conversation is gone  3 data  4 how long a finished reply stays (ms)
 -- Answers 1 if it is ended now, 0 if its turn is held (the writer lives, or somebody tries the reply again).
 if redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 redis.call('HDEL', KEYS[4], ARGV[1])
+tell(KEYS[5], 'reply', string.match(ARGV[1], '^%d+'), '0', '', '')
 if ARGV[2] == '' then
   redis.call('DEL', KEYS[1], KEYS[3])
   return 1
