@@ -6,11 +6,12 @@ import logging
 import sys
 from typing import Any
 
-from celery.signals import setup_logging, worker_init, worker_process_init
+from celery.signals import setup_logging, worker_init, worker_process_init, worker_ready
 
-from worker import logs
+from worker import health, logs
 from worker.broker import make_app
 from worker.errors import ChatkeepError, ConfigurationError
+from worker.redis import connect_sync
 from worker.settings import Settings, get_settings
 
 
@@ -43,6 +44,13 @@ def _check(**_: Any) -> None:
         sys.exit(f"chatkeep: {exc}")
     except ChatkeepError as exc:
         print(f"chatkeep: {exc.detail}", file=sys.stderr)  # noqa: T201 - logs may not be set up yet
+
+
+@worker_ready.connect
+def _watch(**_: Any) -> None:
+    """Ends this process if it stops working while there is work."""
+    settings = get_settings()
+    health.watch(connect_sync(settings, name="chatkeep-watch"), app, settings)
 
 
 @worker_process_init.connect

@@ -53,6 +53,8 @@ ID_LIMIT = 1 << 53
 
 SHARDS = "ck:shards"
 """The number of shards this installation was made with; another is refused at start."""
+WORKERS = "ck:workers"
+"""Host → when a task last began or ended there."""
 STATS = "ck:stats"
 """Counters that the workers keep for /metrics."""
 

@@ -663,6 +663,17 @@ def ask_for_flush(client: Redis, shard: int) -> bool:
     return bool(run(client, "ask", [keys.log(shard), keys.wake(shard)], [WAKE_LEASE_MS]))
 
 
+def note_worker(client: Redis, host: str, now: float) -> None:
+    """Notes that a task runs on this host (its own clock, which is also who compares)."""
+    _call(lambda: client.hset(keys.WORKERS, host, repr(now)))
+
+
+def worker_active_at(client: Redis, host: str) -> float | None:
+    """When a task last ran on this host."""
+    value: Any = _call(lambda: client.hget(keys.WORKERS, host))
+    return None if value is None else float(value)
+
+
 def made_with_shards(client: Redis) -> int | None:
     """The number of shards that was written down at the first start."""
     value = _call(lambda: client.get(keys.SHARDS))

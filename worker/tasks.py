@@ -14,6 +14,7 @@ from worker import loading, pending
 from worker.app import app
 from worker.errors import TryAgainLater
 from worker.flush import flush_shard
+from worker.health import note_activity
 from worker.redis import connect_sync
 from worker.settings import get_settings
 from worker.wakeups import send_flush
@@ -36,7 +37,9 @@ def flush(shard: int) -> dict[str, Any]:
     if not 0 <= shard < settings.shards:
         return {"shard": shard, "refused": "no such shard"}
     try:
+        note_activity(client())
         report = flush_shard(client(), settings, shard)
+        note_activity(client())
     except TryAgainLater as exc:
         return {"shard": shard, "postponed": type(exc).__name__, "seconds": _postpone(shard, exc)}
     _failures.pop(shard, None)
@@ -51,6 +54,7 @@ def sweep() -> dict[str, Any]:
     settings = get_settings()
     late = max(SWEEP_AGE_SECONDS, 3 * settings.flush_interval_ms / 1000)
     try:
+        note_activity(client())
         backlogs = pending.backlog(client(), settings.shards)
         asked = [
             one.shard for one in backlogs if one.entries and one.oldest_age_seconds > late and pending.ask_for_flush(client(), one.shard)
