@@ -34,7 +34,7 @@ LastEventId = Annotated[
 _STREAM = {"content": {EVENT_STREAM: {"schema": {"type": "string"}}}}
 
 
-@router.post("/start", status_code=201, response_model=Session, responses=problems(401, 404, 413, 422, 503))
+@router.post("/start", status_code=201, response_model=Session, responses=problems(401, 404, 413, 422, 429, 503))
 async def start(user: CurrentUser, log: Log, settings: AppSettings, body: ChatStart, key: IdempotencyKey = None) -> Response:
     """Starts a session: a new conversation, or one to go on with."""
     if body.conversation_id is not None:

@@ -20,7 +20,7 @@ from worker.settings import Settings
 router = APIRouter(prefix="/api/conversations", tags=["conversations"])
 
 
-@router.post("/", status_code=201, response_model=ConversationOut, responses=problems(401, 413, 422, 503))
+@router.post("/", status_code=201, response_model=ConversationOut, responses=problems(401, 413, 422, 429, 503))
 async def create_conversation(
     user: CurrentUser, log: Log, settings: AppSettings, body: NewConversation, key: IdempotencyKey = None
 ) -> Response:
@@ -49,7 +49,7 @@ async def get_conversation(user: CurrentUser, log: Log, conversation_id: Convers
     return as_json(conversation_json(await history.read_conversation(log, user.id, conversation_id)))
 
 
-@router.patch("/{conversation_id}", response_model=ConversationOut, responses=problems(401, 404, 413, 422, 503))
+@router.patch("/{conversation_id}", response_model=ConversationOut, responses=problems(401, 404, 413, 422, 429, 503))
 async def rename_conversation(
     user: CurrentUser, log: Log, settings: AppSettings, conversation_id: ConversationId, body: ConversationChange
 ) -> Response:
@@ -65,7 +65,7 @@ async def delete_conversation(user: CurrentUser, log: Log, settings: AppSettings
     return Response(status_code=204, headers=acknowledgement(settings))
 
 
-@router.post("/{conversation_id}/messages", status_code=201, response_model=MessageOut, responses=problems(401, 404, 413, 422, 503))
+@router.post("/{conversation_id}/messages", status_code=201, response_model=MessageOut, responses=problems(401, 404, 413, 422, 429, 503))
 async def add_message(
     user: CurrentUser, log: Log, settings: AppSettings, conversation_id: ConversationId, body: NewMessage, key: IdempotencyKey = None
 ) -> Response:

@@ -42,6 +42,7 @@ from worker.errors import (
     TooManyStreams,
     TryAgainLater,
     TurnRunning,
+    UserBacklogFull,
 )
 from worker.logs import describe
 
@@ -118,6 +119,8 @@ def problem_body(status: int, kind: str, detail: str) -> dict[str, Any]:
 
 def status_of(exc: ChatkeepError) -> int:
     """The status that this error is answered with."""
+    if isinstance(exc, UserBacklogFull):
+        return 429
     if isinstance(exc, TryAgainLater):
         return 503
     return next((status for kind, status in _STATUS.items() if isinstance(exc, kind)), 500)

@@ -5,7 +5,8 @@
     │   ├── RedisUnavailable
     │   ├── PostgresUnavailable
     │   ├── NotDurable
-    │   └── BacklogFull
+    │   ├── BacklogFull
+    │   └── UserBacklogFull      (429)
     └── Never                    the same call fails for ever
         ├── ConfigurationError
         ├── NotFound             also for what belongs to somebody else
@@ -59,6 +60,12 @@ class NotDurable(TryAgainLater):
 
 class BacklogFull(TryAgainLater):
     """Too much is waiting to be written to the database; nothing more is accepted until it has caught up."""
+
+    retry_after_seconds = 5
+
+
+class UserBacklogFull(TryAgainLater):
+    """Too much of yours is waiting to be written to the database; nothing more is accepted until it has caught up."""
 
     retry_after_seconds = 5
 

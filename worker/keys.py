@@ -12,6 +12,7 @@ Per shard, never expiring:
 | `ck:{s07}:committed` | string | every id up to here is in Postgres: decides `state` |
 | `ck:{s07}:bytes` | string | bytes that the log's entries take, for the backlog limit |
 | `ck:{s07}:turns` | hash | the replies that have begun and not ended: `<conversation>:<user>` → token |
+| `ck:{s07}:users` | hash | bytes of the log for each user, for a fair share of it |
 | `ck:{s07}:wake` | string | a flush was asked for and has not begun; a lease, so that a lost task is asked for again |
 
 Per conversation, without expiry while its field `l` is not 0 (pending), else expiring `CACHE_TTL_SECONDS` after the last use:
@@ -151,3 +152,7 @@ def loading_user(shard: int, user_id: int) -> str:
 
 def events(shard: int, user_id: int) -> str:
     return f"ck:{{s{shard:02d}}}:e:{user_id}"
+
+
+def users(shard: int) -> str:
+    return f"ck:{{s{shard:02d}}}:users"

@@ -31,7 +31,7 @@ from redis.exceptions import RedisError
 
 from worker import keys, loading
 from worker.codec import ENTRY_OVERHEAD_BYTES, Role, Status, Stored, auto_title, conversation_body, message_body, request_hash
-from worker.errors import BacklogFull, ChatkeepError, KeyReused, NotFound, RedisUnavailable, TurnRunning
+from worker.errors import BacklogFull, ChatkeepError, KeyReused, NotFound, RedisUnavailable, TurnRunning, UserBacklogFull
 from worker.loading import ConversationState
 from worker.scripts import Argument, AsyncScripts, run, translate
 from worker.settings import Settings
@@ -148,6 +148,7 @@ class PendingLog:
             keys.committed(shard),
             keys.turn(shard, conversation_id),
             keys.events(shard, user_id),
+            keys.users(shard),
         ]
         digest = request_hash(role, status, content)
         title = auto_title(content) if role == "user" else ""
@@ -159,7 +160,10 @@ class PendingLog:
             answer = await self._scripts.run(
                 "append",
                 script_keys,
-                [shard, user_id, conversation_id, body, key or "", digest, title, limit, WAKE_LEASE_MS, asked, turn or "", TURN_LEASE_MS],
+                [
+                    *(shard, user_id, conversation_id, body, key or "", digest, title, limit, WAKE_LEASE_MS, asked),
+                    *(turn or "", TURN_LEASE_MS, self._settings.pending_bytes_per_user_max),
+                ],
             )
             if answer[0] == b"OK":
                 self._woken(shard, answer[3])
@@ -200,10 +204,11 @@ class PendingLog:
                     keys.changed(shard, user_id),
                     keys.created_keys(shard, user_id),
                     keys.events(shard, user_id),
+                    keys.users(shard),
                 ],
                 [
                     *(shard, user_id, reserved, conversation_body(reserved, user_id, title), key or "", digest, title or ""),
-                    *(self._backlog.limit(shard), WAKE_LEASE_MS, asked),
+                    *(self._backlog.limit(shard), WAKE_LEASE_MS, asked, self._settings.pending_bytes_per_user_max),
                 ],
             )
             if answer[0] in (b"OK", b"REPLAY"):
@@ -230,10 +235,12 @@ class PendingLog:
             *self._conversation_keys(shard, conversation_id),
             keys.changed(shard, user_id),
             keys.events(shard, user_id),
+            keys.users(shard),
         ]
 
         async def attempt() -> ConversationState | None:
             arguments: list[Argument] = [shard, user_id, conversation_id, body, title, self._backlog.limit(shard), WAKE_LEASE_MS]
+            arguments.append(self._settings.pending_bytes_per_user_max)
             answer = await self._scripts.run("rename", script_keys, arguments)
             if answer[0] == b"OK":
                 self._woken(shard, answer[3])
@@ -253,6 +260,7 @@ class PendingLog:
             keys.changed(shard, user_id),
             keys.turn(shard, conversation_id),
             keys.events(shard, user_id),
+            keys.users(shard),
         ]
 
         async def attempt() -> bool | None:
@@ -346,6 +354,8 @@ class PendingLog:
             raise TurnRunning()
         if answer == b"FULL":
             raise BacklogFull()
+        if answer == b"USER_FULL":
+            raise UserBacklogFull()
         if answer == b"NEED_SEED":
             await self._seed(shard)
         elif answer == b"UNKNOWN" and conversation_id is not None:
@@ -599,7 +609,7 @@ def trim(
     between two trims leaves no conversation that nobody settles.
     """
     position = {conversation: i + 1 for i, (conversation, _) in enumerate(conversations)}
-    script_keys = [keys.log(shard), keys.committed(shard), keys.backlog_bytes(shard), keys.wake(shard)]
+    script_keys = [keys.log(shard), keys.committed(shard), keys.backlog_bytes(shard), keys.wake(shard), keys.users(shard)]
     for conversation_id, user_id in conversations:
         script_keys += [
             *PendingLog._conversation_keys(shard, conversation_id),
@@ -613,6 +623,7 @@ def trim(
     arguments: list[Argument] = [ttl_seconds, ttl_seconds + EXTRA_TTL_SECONDS, messages_kept, highest, len(entries), len(conversations)]
     arguments += [entry.id for entry in entries]
     arguments += [entry.size for entry in entries]
+    arguments += [entry.fields.get(b"u", b"") for entry in entries]
     arguments += [conversation_id for conversation_id, _ in conversations]
     for gone in withdrawn:
         arguments += [position[gone.conversation_id], gone.message_id, gone.key]

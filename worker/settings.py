@@ -37,6 +37,8 @@ class Settings(BaseSettings):
     flush_interval_ms: Annotated[int, Field(ge=1, le=60_000)] = 100
     flush_batch_max: Annotated[int, Field(ge=1, le=100_000)] = 5000
     pending_bytes_max: Annotated[int, Field(ge=1)] = 1 << 30
+    pending_bytes_per_user_max: Annotated[int, Field(ge=1)] = 1 << 27
+    """One user's fair share of the backlog (128 MiB of 1 GiB): beyond it only this user is refused."""
     shards: Annotated[int, Field(ge=1, le=SHARD_SLOTS)] = 16
 
     message_chars_max: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000

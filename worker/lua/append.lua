@@ -1,10 +1,10 @@
 -- Appends a message to the pending log: the one script behind an acknowledgement. All checks come before the first write.
--- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 committed  10 turn  11 events
+-- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 committed  10 turn  11 events  12 users
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 retry key or ''  6 request hash  7 title if the conversation has none, or ''
---      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key  11 turn token or ''  12 turn lease (ms)
+--      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key  11 turn token or ''  12 turn lease (ms)  13 the user's limit (bytes)
 -- Answers {'OK', id, microseconds, wake, committed}; {'REPLAY', id, committed, {stored message}, reply id or ''}; or one of
 --   {'UNKNOWN'} load the conversation first   {'NOT_FOUND'} absent, deleted or somebody else's   {'ASK_KEY'} Postgres may know the key
---   {'NEED_SEED'} the clock is gone   {'FULL'} the backlog is at its limit   {'KEY_REUSED'}   {'TURN_RUNNING'}
+--   {'NEED_SEED'} the clock is gone   {'FULL'} the backlog is at its limit   {'USER_FULL'}   {'KEY_REUSED'}   {'TURN_RUNNING'}
 -- Run twice with a retry key it appends once; that is what makes a lost reply harmless.
 local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 't', 'k', 'm', 'a', 's')
 if not known[1] then return {'UNKNOWN'} end
@@ -34,12 +34,13 @@ local last_tick = redis.call('GET', KEYS[2])
 if not last_tick then return {'NEED_SEED'} end
 local title = known[4] == '' and ARGV[7] or ''
 local size = entry_size(ARGV[4], key, title)
-if tonumber(redis.call('GET', KEYS[3]) or '0') + size > tonumber(ARGV[8]) then return {'FULL'} end
+local full = no_room(KEYS[3], KEYS[12], ARGV[2], size, ARGV[8], ARGV[13])
+if full then return {full} end
 
 local now = server_microseconds()
 local id, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
 if id <= tonumber(known[6]) then return {'NEED_SEED'} end  -- Postgres is ahead of this clock: Redis was restored from an older state
-if not append_entry(KEYS[1], KEYS[2], KEYS[3], id, tick, size, 'm', now, ARGV[4], key, title) then return {'NEED_SEED'} end
+if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[12], ARGV[2], id, tick, size, 'm', now, ARGV[4], key, title) then return {'NEED_SEED'} end
 id = int(id)
 redis.call('XADD', KEYS[6], id .. '-0', 't', int(now), 'b', ARGV[4])
 redis.call('HSET', KEYS[5], 'l', id, 'm', id, 'a', int(math.max(now, known[7])))  -- as in Postgres, it never goes back

@@ -25,20 +25,27 @@ end
 
 -- Appends one entry. The XADD comes first: a script that is over `maxmemory` fails at its first growing write, before anything changed.
 -- False, and nothing written, if the log already holds a higher id (its clock is behind: seed it).
-local function append_entry(log, clock, bytes, id, tick, size, kind, microseconds, body, key, extra)
-  local added = redis.pcall('XADD', log, int(id) .. '-0', 'k', kind, 't', int(microseconds), 'b', body, 'x', key, 'a', extra)
+local function append_entry(log, clock, bytes, users, user, id, tick, size, kind, microseconds, body, key, extra)
+  local added = redis.pcall('XADD', log, int(id) .. '-0', 'k', kind, 'u', user, 't', int(microseconds), 'b', body, 'x', key, 'a', extra)
   if type(added) == 'table' and added.err then
-    if string.find(added.err, 'equal or smaller', 1, true) then return false end
+    if string.find(added.err, 'equal or smaller', 1, true) or string.find(added.err, 'last possible ID', 1, true) then return false end
     error(added.err)
   end
   redis.call('SET', clock, tick)
   redis.call('INCRBY', bytes, size)
+  redis.call('HINCRBY', users, user, size)
   return true
 end
 
 -- What an entry counts for in the backlog: its fields, and about what the stream and the shard's other keys add to it.
 local function entry_size(body, key, extra)
   return #body + #key + #extra + OVERHEAD
+end
+
+-- Whether there is room for an entry: 'FULL' for nobody, 'USER_FULL' not for this user, who holds a fair share already; nil if there is.
+local function no_room(bytes, users, user, size, limit, user_limit)
+  if tonumber(redis.call('GET', bytes) or '0') + size > tonumber(limit) then return 'FULL' end
+  if tonumber(redis.call('HGET', users, user) or '0') + size > tonumber(user_limit) then return 'USER_FULL' end
 end
 
 -- 1 for the first entry since the last flush began: the caller then sends the flush task. Asked again when the lease runs out, because the

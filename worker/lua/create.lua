@@ -1,8 +1,8 @@
 -- Appends a new conversation to the pending log.
--- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 changed  7 created keys  8 events
+-- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 changed  7 created keys  8 events  9 users
 -- ARGV 1 shard  2 user  3 conversation id (reserved)  4 body  5 retry key or ''  6 request hash  7 title or ''
---      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key
--- Answers {'OK', id, microseconds, wake}, {'REPLAY', id, microseconds}, {'KEY_REUSED'}, {'ASK_KEY'}, {'NEED_SEED'}, {'FULL'}, or {'TAKEN'}: reserve
+--      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key  11 the user's limit (bytes)
+-- Answers {'OK', id, microseconds, wake}, {'REPLAY', id, microseconds}, {'KEY_REUSED'}, {'ASK_KEY'}, {'NEED_SEED'}, {'FULL'}, {'USER_FULL'}, or {'TAKEN'}: reserve
 -- another id (the shard's clock was lost and set back since).
 -- Run twice with one reserved id it appends once.
 local made = redis.call('HMGET', KEYS[5], 's', 'u')
@@ -23,11 +23,12 @@ end
 local last_tick = redis.call('GET', KEYS[2])
 if not last_tick then return {'NEED_SEED'} end
 local size = entry_size(ARGV[4], key, ARGV[6])
-if tonumber(redis.call('GET', KEYS[3]) or '0') + size > tonumber(ARGV[8]) then return {'FULL'} end
+local full = no_room(KEYS[3], KEYS[9], ARGV[2], size, ARGV[8], ARGV[11])
+if full then return {full} end
 
 local now = server_microseconds()
 local entry, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
-if not append_entry(KEYS[1], KEYS[2], KEYS[3], entry, tick, size, 'c', now, ARGV[4], key, ARGV[6]) then return {'NEED_SEED'} end
+if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[9], ARGV[2], entry, tick, size, 'c', now, ARGV[4], key, ARGV[6]) then return {'NEED_SEED'} end
 now = int(now)
 redis.call('HSET', KEYS[5], 'u', ARGV[2], 't', ARGV[7], 's', now, 'a', now, 'm', '0', 'l', int(entry), 'w', '1', 'k', '1')
 redis.call('ZADD', KEYS[6], int(entry), ARGV[3])

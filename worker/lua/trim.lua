@@ -1,37 +1,45 @@
 -- Removes exactly these entries from the log, after the commit that made them safe. Safe to run twice, and late.
--- KEYS 1 log  2 committed  3 bytes  4 wake, then for each conversation: conversation, messages, retry keys, load lease, changed, created keys,
+-- KEYS 1 log  2 committed  3 bytes  4 wake  5 users, then for each conversation: conversation, messages, retry keys, load lease, changed, created keys,
 --      events
 -- ARGV 1 ttl (s)  2 ttl of what hangs on a conversation (s)  3 committed messages to keep  4 the highest id among the entries, or 0
---      5 number of entries  6 number of conversations (those whose last entry is among these), then whole entry ids, entry sizes,
+--      5 number of entries  6 number of conversations (those whose last entry is among these), then whole entry ids, entry sizes, their users,
 --      conversation ids; then triples: position of the conversation, id of a message that must leave the cache, its retry key
 -- Answers {entries left, 1 if somebody already asked for the next flush}.
 local ttl, ttl_rest, keep = ARGV[1], ARGV[2], tonumber(ARGV[3])
 local entries, conversations, at = tonumber(ARGV[5]), tonumber(ARGV[6]), 6
 
-local freed = 0
+local freed, freed_of = 0, {}
 for i = 1, entries do
-  if redis.call('XDEL', KEYS[1], ARGV[at + i]) == 1 then freed = freed + tonumber(ARGV[at + entries + i]) end
+  if redis.call('XDEL', KEYS[1], ARGV[at + i]) == 1 then
+    local size, user = tonumber(ARGV[at + entries + i]), ARGV[at + 2 * entries + i]
+    freed = freed + size
+    freed_of[user] = (freed_of[user] or 0) + size
+  end
 end
-at = at + 2 * entries
+at = at + 3 * entries
 local left = redis.call('XLEN', KEYS[1])
 if left == 0 then
   redis.call('SET', KEYS[3], '0')  -- what somebody planted in the log was never counted
+  redis.call('DEL', KEYS[5])
 elseif freed > 0 then
   redis.call('DECRBY', KEYS[3], int(freed))
+  for user, size in pairs(freed_of) do
+    if user ~= '' and redis.call('HINCRBY', KEYS[5], user, int(-size)) <= 0 then redis.call('HDEL', KEYS[5], user) end
+  end
 end
 local committed = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(ARGV[4]))
 if committed > 0 then redis.call('SET', KEYS[2], int(committed)) end
 
 -- First what was committed under another id: its copy is not history.
 for i = at + conversations + 1, #ARGV, 3 do
-  local base = 4 + 7 * (tonumber(ARGV[i]) - 1)
+  local base = 5 + 7 * (tonumber(ARGV[i]) - 1)
   redis.call('XDEL', KEYS[base + 2], ARGV[i + 1] .. '-0')
   if ARGV[i + 2] ~= '' then redis.call('HDEL', KEYS[base + 3], ARGV[i + 2]) end
   if redis.call('EXISTS', KEYS[base + 1]) == 1 then redis.call('HSET', KEYS[base + 1], 'k', '0') end
 end
 
 for i = 1, conversations do
-  local base = 4 + 7 * (i - 1)
+  local base = 5 + 7 * (i - 1)
   local conversation, messages, retry_keys, lease, changed = unpack(KEYS, base + 1, base + 5)
   local last = redis.call('HGET', conversation, 'l')
   local clean = last and tonumber(last) <= committed
