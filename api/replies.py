@@ -79,7 +79,7 @@ async def _storable(pieces: AsyncGenerator[str, None], chars_max: int) -> AsyncG
 class OpenAIResponder:
     """Replies from a server that speaks OpenAI's chat completions. Neither its key nor what was said ever reaches a log or a client."""
 
-    def __init__(self, settings: Settings, http_client: Any = None) -> None:
+    def __init__(self, settings: Settings, transport: Any = None) -> None:
         try:
             import openai
         except ImportError:
@@ -98,7 +98,7 @@ class OpenAIResponder:
             max_retries=1,
             timeout=settings.llm_timeout_seconds,
             # A redirect would carry what people wrote to wherever the answer says.
-            http_client=http_client or openai.DefaultAsyncHttpxClient(follow_redirects=False),
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, transport=transport),
         )
 
     def stream(self, turns: Sequence[Turn]) -> AsyncGenerator[str, None]:
@@ -114,11 +114,15 @@ class OpenAIResponder:
         messages: Any = [{"role": turn.role, "content": turn.content} for turn in turns]
         answer = None
         try:
-            request = self._client.chat.completions.create(model=self._model, messages=messages, stream=True)
-            answer = await asyncio.wait_for(request, until - time.monotonic())
+            async with asyncio.timeout(self._seconds):
+                answer = await self._client.chat.completions.create(model=self._model, messages=messages, stream=True)
             chunks = aiter(answer)
-            while (chunk := await asyncio.wait_for(anext(chunks, None), until - time.monotonic())) is not None:
-                if chunk.choices and (text := chunk.choices[0].delta.content):
+            while True:
+                async with asyncio.timeout(until - time.monotonic()):  # not around the whole: the reader's time is its own
+                    chunk = await anext(chunks, None)
+                if chunk is None:
+                    return
+                if text := _text(chunk):
                     yield text
         except self._failures as exc:
             log.warning("reply failed", error=type(exc).__name__, status=getattr(exc, "status_code", None))
@@ -126,6 +130,13 @@ class OpenAIResponder:
         finally:
             if answer is not None:
                 await answer.close()
+
+
+def _text(chunk: Any) -> str:
+    """What a chunk adds; servers differ in what they leave out."""
+    delta = chunk.choices[0].delta if chunk.choices else None
+    content = delta.content if delta else None
+    return content if isinstance(content, str) else ""
 
 
 # --- no model -------------------------------------------------------------------------------------------------------------------
