@@ -195,8 +195,11 @@ async def _on_http_exception(request: Request, exc: HTTPException) -> Response:
 
 
 def too_large(bytes_max: int) -> Response:
-    """The answer to a body that is too large. The connection ends: what else is on its way is not read."""
-    return problem(413, "body-too-large", f"The body must have at most {bytes_max} bytes.", headers={"Connection": "close"})
+    """The answer to a body that is too large.
+
+    Without `Connection: close`: the server would end it with the body unread, and the client would see a reset before the answer.
+    """
+    return problem(413, "body-too-large", f"The body must have at most {bytes_max} bytes.")
 
 
 def _methods_at(request: Request) -> set[str]:

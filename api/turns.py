@@ -32,6 +32,7 @@ from api.metrics import ACCEPTED
 from api.replies import Responder, Turn
 from worker.codec import Status
 from worker.errors import ChatkeepError, KeyReused, NotFound, ReplyFailed, ReplyStopped, TryAgainLater
+from worker.logs import describe
 from worker.pending import Appended, PendingLog, client_key, reply_key
 from worker.replies import Event, ReplyStreams, Writer, text_of
 from worker.settings import Settings
@@ -227,6 +228,11 @@ class Turns:
             return ReplyFailed(f"The model fell silent for {idle:g} s. What it had said is kept; repeat the call to try again.")
         except ReplyFailed as exc:
             return exc
+        except ChatkeepError:
+            raise
+        except Exception as exc:  # noqa: BLE001 - whatever a responder raises, its reply has failed, and the turn must not wait for its lease
+            log.error("reply failed", **describe(exc))
+            return ReplyFailed()
         return None
 
     async def _pump(self, writing: _Writing) -> None:

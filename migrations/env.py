@@ -25,6 +25,9 @@ LOCK_WAIT = "10min"
 DDL_LOCK_TIMEOUT = "10s"
 """For a table that is in use: a waiting ALTER TABLE blocks every read behind it."""
 
+AS_OWNER = "SELECT set_config('chatkeep.role', 'owner', true)"
+"""Or row-level security would hide every row from a migration that changes rows, which would then change none and say nothing."""
+
 
 def migrate() -> None:
     try:
@@ -34,6 +37,7 @@ def migrate() -> None:
                 connection.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": LOCK_WAIT})
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": LOCK})
                 connection.execute(text("SELECT set_config('lock_timeout', :wait, true)"), {"wait": DDL_LOCK_TIMEOUT})
+                connection.execute(text(AS_OWNER))
                 context.run_migrations()
     except ChatkeepError as exc:
         raise CommandError(str(exc)) from exc
@@ -45,6 +49,7 @@ def print_sql() -> None:
     """`alembic upgrade head --sql`: for whoever may not migrate, but may hand over a script."""
     context.configure(dialect_name="postgresql", target_metadata=Table.metadata, literal_binds=True)
     with context.begin_transaction():
+        context.execute(AS_OWNER)
         context.run_migrations()
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import alembic.util
 import psycopg2
 import pytest
-from sqlalchemy import create_engine
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
 
 from tests import schema
 from worker import database
@@ -70,6 +71,33 @@ class TestTables:
         assert _catalog(empty_url) == first
 
 
+class TestPolicies:
+    """What they do is tests/worker/test_rls.py's subject."""
+
+    def test_there_and_back_and_there(self, empty_url: str) -> None:
+        schema.upgrade(empty_url)
+        first = _protection(empty_url)
+        assert all(first.values())
+        schema.downgrade(empty_url, "first_tables")
+        assert not any(_protection(empty_url).values())
+        schema.upgrade(empty_url)
+        assert _protection(empty_url) == first
+
+    def test_migration_sees_every_row(self, empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """FORCE holds for the owner too: one that changes rows would change none, and say nothing."""
+        said: list[Any] = []
+        upgrade = MigrationContext.run_migrations
+
+        def run(context: MigrationContext, **options: Any) -> None:
+            assert context.connection is not None
+            said.append(context.connection.execute(text("SELECT current_setting('chatkeep.role')")).scalar_one())
+            upgrade(context, **options)
+
+        monkeypatch.setattr(MigrationContext, "run_migrations", run)
+        schema.upgrade(empty_url)
+        assert said == ["owner"]
+
+
 class TestCommand:
     def test_needs_nothing_but_the_database(self, empty_url: str, tmp_path: Path) -> None:
         done = _alembic(tmp_path, "upgrade", "head", DATABASE_URL=empty_url)
@@ -80,7 +108,7 @@ class TestCommand:
     def test_takes_the_direct_connection_where_there_is_one(self, empty_url: str, tmp_path: Path) -> None:
         done = _alembic(tmp_path, "upgrade", "head", DATABASE_URL="postgresql://nobody@127.0.0.1:1/pooled", DATABASE_URL_UNPOOLED=empty_url)
         assert done.returncode == 0, done.stderr
-        assert _query(empty_url, "SELECT version_num FROM alembic_version") == [("first_tables",)]
+        assert _query(empty_url, "SELECT version_num FROM alembic_version") == [("row_level_security",)]
 
     @pytest.mark.parametrize("url", [None, "mysql://u:s3cr3t@host/db", "postgresql://u:s3cr3t@host:port/db"])
     def test_wrong_setting_is_one_clear_line(self, tmp_path: Path, url: str | None) -> None:
@@ -138,6 +166,19 @@ def _start(directory: Path, *arguments: str, **settings: str) -> subprocess.Pope
 def _catalog(url: str) -> dict[str, set[tuple[Any, ...]]]:
     """All that the migrations made, without Alembic's own table."""
     return {what: {row for row in _query(url, query) if row[0] != "alembic_version"} for what, query in _CATALOG.items()}
+
+
+def _protection(url: str) -> dict[str, list[tuple[Any, ...]]]:
+    """What holds rows and tables back."""
+    return {
+        "policies": _query(url, "SELECT tablename, policyname, roles::text, cmd, qual, with_check FROM pg_policies ORDER BY 1, 2"),
+        "tables": _query(url, "SELECT relname, relforcerowsecurity FROM pg_class WHERE relrowsecurity OR relforcerowsecurity ORDER BY 1"),
+        "privileges": _query(
+            url,
+            "SELECT grantee::text, table_name::text, privilege_type::text FROM information_schema.table_privileges "
+            "WHERE grantee IN ('chatkeep_api', 'chatkeep_worker') ORDER BY 1, 2, 3",
+        ),
+    }
 
 
 def _query(url: str, statement: str) -> list[tuple[Any, ...]]:

@@ -1,4 +1,7 @@
-"""Accounts in Postgres. Unlike a message, an account is not acknowledged before it is there."""
+"""Accounts in Postgres. Unlike a message, an account is not acknowledged before it is there.
+
+A transaction here sees the account that it names, by e-mail address or by id, and no other.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Account:
 
 def create_account(email: str, password_hash: str, seconds: float) -> Account | None:
     """The new account, or None if the address is taken."""
-    with transaction(seconds=seconds) as connection:
+    with transaction(seconds=seconds, email=email) as connection:
         row = connection.execute(
             text(
                 'INSERT INTO "user" (email, password_hash) VALUES (:email, :password_hash) '
@@ -35,7 +38,7 @@ def create_account(email: str, password_hash: str, seconds: float) -> Account | 
 
 def find_account(email: str, seconds: float) -> Account | None:
     """The account with this address (in lower case)."""
-    with read(seconds) as connection:
+    with read(seconds, email=email) as connection:
         row = connection.execute(
             text('SELECT id, email, created_at, password_hash FROM "user" WHERE email = :email'), {"email": email}
         ).one_or_none()
@@ -44,7 +47,7 @@ def find_account(email: str, seconds: float) -> Account | None:
 
 def get_account(user_id: int, seconds: float) -> Account | None:
     """The account with this id."""
-    with read(seconds) as connection:
+    with read(seconds, user=user_id) as connection:
         row = connection.execute(
             text('SELECT id, email, created_at, password_hash FROM "user" WHERE id = :id'), {"id": user_id}
         ).one_or_none()
@@ -54,4 +57,4 @@ def get_account(user_id: int, seconds: float) -> Account | None:
 def ask_postgres(seconds: float) -> None:
     """Raises `PostgresUnavailable` unless Postgres answers and has our tables."""
     with read(seconds) as connection:
-        connection.execute(text('SELECT 1 FROM "user" LIMIT 1'))
+        connection.execute(text('SELECT FROM "user" WHERE id = 0'))

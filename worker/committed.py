@@ -1,8 +1,9 @@
 """Reads committed history from Postgres, a page at a time: the second half of every merged read.
 
 Whoever calls these has asked Redis before: a transaction begins here, so its snapshot is later than Redis's answer, and a message that was
-trimmed meanwhile is seen (race R1). Every query names the user, and walks down `(conversation_id, id)` by row comparison, which the planner
-answers from no other index (the tempting `WHERE conversation_id = … ORDER BY id` was seen to walk past 40,000 newer messages of others).
+trimmed meanwhile is seen (race R1). Every query names the user, and so does every transaction. A page is a walk down
+`(conversation_id, id)` by row comparison, which the planner answers from no other index (the tempting
+`WHERE conversation_id = … ORDER BY id` was seen to walk past 40,000 newer messages of others).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def read_page(
     whom = {"user": user_id, "conversation": conversation_id}
     backwards = direction == "before"
     low, high = (end, start) if backwards else (start, end)
-    with read() as connection:
+    with read(user=user_id) as connection:
         conversation = _conversation(connection, user_id, conversation_id) if with_conversation else None
         if with_conversation and conversation is None:
             return CommittedPage(None, (), False)
@@ -84,7 +85,7 @@ def read_page(
 
 def read_conversation(user_id: int, conversation_id: int) -> ConversationState | None:
     """One conversation; None if this user has none such."""
-    with read() as connection:
+    with read(user=user_id) as connection:
         return _conversation(connection, user_id, conversation_id)
 
 
@@ -92,7 +93,7 @@ def list_conversations(user_id: int, before: tuple[int, int] | None, without: Co
     """A user's conversations, latest activity first, from `before` (activity in microseconds, id) on, without those that Redis told of."""
     updated, number = before or (_YEAR_9999, _LAST_ID)
     values = {"user": user_id, "updated": to_datetime(updated), "id": number, "without": list(without), "count": count}
-    with read() as connection:
+    with read(user=user_id) as connection:
         rows = connection.execute(_LIST, values).all()
     return [ConversationState(row[0], user_id, row[1], to_microseconds(row[2]), to_microseconds(row[3])) for row in rows]
 

@@ -1,19 +1,33 @@
 """Postgres: one way to name it, one way to open a transaction on it, and a bound on every wait for it.
 
-    with transaction(seconds=30, wake_seconds=10) as connection:      # SQLAlchemy's Connection; commits at the end
+    with read(user=user_id) as connection:                            # SQLAlchemy's Connection; sees what is this user's
         connection.execute(...)
+    with transaction(seconds=30, role="worker") as connection:        # commits at the end
         with raw_cursor(connection) as cursor:                        # the same transaction, for COPY
             cursor.copy_expert(...)
 
 Leaving the block commits; an exception rolls back. The body never commits, and never swallows a failed statement without a
 savepoint. What comes out of the block:
 
-- `PostgresUnavailable`: away, frozen, overloaded, locked, asleep, restarting, read-only, not migrated; or cut off **during the
-  commit, and then the outcome is unknown**. Repeat the whole unit, which therefore has to be idempotent.
+- `PostgresUnavailable`: away, frozen, overloaded, locked, asleep, restarting, read-only, not migrated, not permitted; or cut off
+  **during the commit, and then the outcome is unknown**. Repeat the whole unit, which therefore has to be idempotent.
 - SQLAlchemy's or psycopg2's `IntegrityError` and `DataError`: Postgres refuses the data. The caller's to decide.
 - Anything else is a bug.
 
 The last two leave without the server's text, which quotes the row (`DETAIL: Key (email)=(...)`); class, SQLSTATE and `diag` stay.
+
+**Whose rows.** Each transaction says in its first statement on whose behalf it runs: for `user` (the API), for whoever signs in with
+`email`, or as the `worker`, who writes everybody's history. Row-level security (migrations/, `row_level_security`) holds it to that,
+whatever its queries ask for; a transaction that says nothing sees no row and writes none. The same statement puts the privileges of
+the login role down, to those of `chatkeep_api` or `chatkeep_worker`, wherever the migration could make these two. So it holds for a
+login that row-level security does not apply to as well: a superuser, or Neon's default role, which has BYPASSRLS. Where such a login
+has no role to change into, `transaction` refuses rather than to run without. All of it is transaction-local: the pooled connection
+remembers nothing, and under autocommit, where it would be without effect, `transaction` refuses too.
+
+It is the second line, behind the `user_id` in every query. It stops a query that forgets it, an id that was not checked, an injected
+`OR true` or `UNION SELECT`. It does not stop SQL of an attacker's choice, which can say `set_config` as we do. Against that there are
+only privileges, and only with a login for the API that is a member of `chatkeep_api` and of nothing else: then it writes no history,
+reads no dead letter, and changes no account; the worker's login reads no account.
 
 **The deadline.** A frozen Postgres (SIGSTOP, a stuck disk or hypervisor) answers nothing while its kernel goes on acknowledging:
 `statement_timeout` is frozen with it, keepalives see a living peer, and psycopg2 waits for ever inside libpq. psycopg2's wait
@@ -45,11 +59,13 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 import psycopg2
 import psycopg2.extensions
+import structlog
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
@@ -60,6 +76,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from worker.errors import ConfigurationError, PostgresUnavailable
 from worker.settings import get_settings
+
+log = structlog.get_logger(__name__)
 
 LOCK_TIMEOUT_MS = 2_000
 IDLE_IN_TRANSACTION_MS = 15_000
@@ -81,6 +99,8 @@ _CONNECT = {
     "fallback_application_name": "chatkeep",
 }
 """What libpq is told unless the URL says otherwise. No `options`: a transaction pooler refuses them."""
+
+Role: TypeAlias = Literal["api", "worker"]
 
 _T = TypeVar("_T")
 
@@ -142,14 +162,18 @@ def transaction(
     lock_timeout_ms: int = LOCK_TIMEOUT_MS,
     wake_seconds: float = 0.0,
     read_only: bool = False,
+    role: Role = "api",
+    user: int | None = None,
+    email: str | None = None,
 ) -> Iterator[Connection]:
     """A fresh READ COMMITTED transaction that is over, one way or the other, after `seconds`, connecting included.
 
-    With `wake_seconds`, a database that cannot be reached is asked again for that long: for callers who can wait for Neon to wake.
+    It sees what is `user`'s, and the account with this `email`; as the `worker`, all history and no account. With `wake_seconds`, a
+    database that cannot be reached is asked again for that long: for callers who can wait for Neon to wake.
     """
     postgres = _postgres()
     with _translated(), deadline(seconds) as limit, postgres.slot(limit):
-        local = _local_settings(limit, lock_timeout_ms, read_only)
+        local = _local_settings(limit, lock_timeout_ms, read_only) | _identity(role, user, email)
         connection = _repeated(lambda: _begin(postgres.engine, local), until=time.monotonic() + wake_seconds, limit=limit)
         try:
             yield connection
@@ -165,12 +189,13 @@ def transaction(
 
 
 @contextmanager
-def read(seconds: float | None = None) -> Iterator[Connection]:
-    """A transaction for what the API reads: it cannot write, and it walks indexes only.
+def read(seconds: float | None = None, *, user: int | None = None, email: str | None = None) -> Iterator[Connection]:
+    """A transaction for what the API reads of one user: it cannot write, and it walks indexes only.
 
     It begins when it is entered: enter it after Redis has answered, or a flush hides a message.
     """
-    with transaction(seconds=get_settings().postgres_timeout_seconds if seconds is None else seconds, read_only=True) as connection:
+    limit = get_settings().postgres_timeout_seconds if seconds is None else seconds
+    with transaction(seconds=limit, read_only=True, user=user, email=email) as connection:
         yield connection
 
 
@@ -184,10 +209,16 @@ def raw_cursor(connection: Connection) -> Iterator[DBAPICursor]:
         cursor.close()
 
 
-def _begin(engine: Engine, local: dict[str, str]) -> Connection:
+def _begin(engine: Engine, local: dict[str, Any]) -> Connection:
     connection = engine.connect()
     try:
-        connection.execute(_SET_LOCAL, local)
+        confined = connection.execute(_SET_LOCAL, local).scalar_one()
+        raw: Any = connection.connection.driver_connection
+        if raw.info.transaction_status != psycopg2.extensions.TRANSACTION_STATUS_INTRANS:
+            raise RuntimeError("a transaction's settings need a transaction: this connection is in autocommit mode")
+        if not confined:
+            _say_not_confined()
+            raise PostgresUnavailable
     except BaseException:
         connection.invalidate()
         connection.close()
@@ -195,8 +226,23 @@ def _begin(engine: Engine, local: dict[str, str]) -> Connection:
     return connection
 
 
+@lru_cache
+def _say_not_confined() -> None:
+    """Once in a process."""
+    log.error(
+        "row-level security does not apply to the role in DATABASE_URL, so nothing is read or written",
+        hint="alembic upgrade head; or else this role is a superuser or has BYPASSRLS, and is no member of chatkeep_api or chatkeep_worker",
+    )
+
+
 _SET_LOCAL = text("""
-    SELECT set_config('statement_timeout', :statement_timeout, true), set_config('lock_timeout', :lock_timeout, true),
+    SELECT CASE WHEN CASE WHEN pg_has_role(to_regrole(:role_name), 'MEMBER') THEN
+                         set_config('search_path', replace(current_setting('search_path'), '"$user"', quote_ident(session_user)), true)
+                         || set_config('role', :role_name, true) ELSE '' END IS NOT NULL
+                THEN row_security_active('message') AND row_security_active('conversation') END,
+           set_config('chatkeep.role', :role, true), set_config('chatkeep.user_id', :user, true),
+           set_config('chatkeep.email', :email, true),
+           set_config('statement_timeout', :statement_timeout, true), set_config('lock_timeout', :lock_timeout, true),
            set_config('idle_in_transaction_session_timeout', :idle, true), set_config('timezone', 'UTC', true),
            set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on'
                       ELSE current_setting('synchronous_commit') END, true),
@@ -204,7 +250,11 @@ _SET_LOCAL = text("""
                set_config('transaction_read_only', 'on', true), set_config('jit', 'off', true), set_config('enable_seqscan', 'off', true),
                set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', 'off', true))::text END
 """)
-"""In one round trip. `synchronous_commit=off` would lose what a commit has promised, and the log has forgotten by then.
+"""In one round trip; its first column is whether row-level security holds from here on.
+
+`"$user"` in the search path goes on meaning the login, whose schema may hold the tables.
+
+`synchronous_commit=off` would lose what a commit has promised, and the log has forgotten by then.
 
 Each of our reads walks one index and stops at its page; on tables that were never analyzed the planner was seen to collect a whole
 conversation of 30,000 messages and sort it instead. So in a read it has no other way, whatever its statistics say.
@@ -219,6 +269,11 @@ def _local_settings(limit: Deadline, lock_timeout_ms: int, read_only: bool) -> d
         "idle": str(IDLE_IN_TRANSACTION_MS),
         "read_only": read_only,
     }
+
+
+def _identity(role: Role, user: int | None, email: str | None) -> dict[str, Any]:
+    """An empty setting is nobody, and so is one that a transaction of the past has left behind: Postgres forgets it to ''."""
+    return {"role": role, "role_name": f"chatkeep_{role}", "user": "" if user is None else str(user), "email": email or ""}
 
 
 def _commit(connection: Connection) -> None:
@@ -286,6 +341,7 @@ _OUTAGE_STATES = frozenset({
     "25006",  # read-only: a standby, or a failover that is under way
     "25P03", "25P04",  # idle too long in a transaction: psycopg2 files these under InternalError
     "42P01", "42703",  # no such table or column: `alembic upgrade head` has not run yet
+    "42501",  # not permitted, or not by a policy: no verdict on the data, which a flush would bury for it
 })  # fmt: skip
 """Beside the drivers' OperationalError, and XX (broken inside; also what proxies send for their own trouble)."""
 

@@ -40,7 +40,7 @@ def list_letters(
 ) -> None:
     """Lists dead letters, without their content."""
     where = "" if everything else "WHERE replayed_at IS NULL "
-    with transaction(seconds=SECONDS, read_only=True) as connection:
+    with transaction(seconds=SECONDS, read_only=True, role="worker") as connection:
         query = f"SELECT id, shard, entry_id, reason, error, created_at, replayed_at FROM dead_letter {where}ORDER BY id DESC LIMIT :limit"
         rows = connection.execute(text(query), {"limit": limit}).all()
     table = Table("id", "shard", "log entry", "reason", "error", "since", "replayed")
@@ -52,7 +52,7 @@ def list_letters(
 @cli.command()
 def show(letter: Annotated[int, typer.Argument(help="The dead letter's id")]) -> None:
     """Shows one dead letter with its content."""
-    with transaction(seconds=SECONDS, read_only=True) as connection:
+    with transaction(seconds=SECONDS, read_only=True, role="worker") as connection:
         query = text("SELECT id, shard, entry_id, reason, error, created_at, replayed_at, entry FROM dead_letter WHERE id = :id")
         row = connection.execute(query, {"id": letter}).mappings().one_or_none()
     if row is None:
@@ -78,7 +78,7 @@ def drop(letters: Ids, yes: Annotated[bool, typer.Option("--yes", help="Do not a
     """Deletes dead letters for good."""
     if not yes:
         typer.confirm(f"Delete {len(letters)} dead letters and their content for good?", abort=True)
-    with transaction(seconds=SECONDS) as connection:
+    with transaction(seconds=SECONDS, role="worker") as connection:
         dropped = connection.execute(text("DELETE FROM dead_letter WHERE id = ANY(:ids)"), {"ids": letters}).rowcount
     out.print(f"{dropped} dropped")
     if dropped < len(set(letters)):
@@ -88,7 +88,7 @@ def drop(letters: Ids, yes: Annotated[bool, typer.Option("--yes", help="Do not a
 def replay_one(letter: int) -> str | None:
     """Inserts one; answers why it could not be, or None if it is in Postgres now."""
     settings = get_settings()
-    with transaction(seconds=SECONDS) as connection, raw_cursor(connection) as cursor:
+    with transaction(seconds=SECONDS, role="worker") as connection, raw_cursor(connection) as cursor:
         row = connection.execute(
             text("SELECT shard, entry_id, entry, replayed_at FROM dead_letter WHERE id = :id FOR UPDATE"), {"id": letter}
         ).one_or_none()
@@ -113,7 +113,7 @@ def _forget(shard: int, entry: RawEntry) -> None:
         conversation = decode_entry(entry.id, entry.fields).conversation_id
     except BadEntry:
         return
-    names = [keys.conversation(shard, conversation), keys.messages(shard, conversation), keys.retry_keys(shard, conversation)]
+    names = [name(shard, conversation) for name in (keys.conversation, keys.messages, keys.retry_keys, keys.loading)]
     with closing(connect_sync(get_settings())) as client:
         if not run(client, "forget", names, []):
             out.print("(its conversation is in use: readers see it when the cached copy has expired)")

@@ -260,10 +260,15 @@ class _EmbeddedServer(ABC):
 
 
 class EmbeddedPostgres(_EmbeddedServer):
-    """PostgreSQL 18 with one database and one role, both named chatkeep. `durable=False` (tests) turns fsync off."""
+    """PostgreSQL 18 with one database and one login, both named chatkeep. `durable=False` (tests) turns fsync off.
+
+    The login is no superuser (nobody knows the superuser's password), but what a hosted Postgres gives its customer.
+    """
 
     name = "postgres"
     label = "PostgreSQL"
+    rights: ClassVar[str] = "CREATEDB CREATEROLE BYPASSRLS IN ROLE pg_monitor, pg_checkpoint, pg_signal_backend"
+    """Neon's default role has the same. BYPASSRLS is for people who look at the tables; Chatkeep's transactions put it down."""
     stop_signal = signal.SIGINT
     """A fast shutdown: does not wait for clients."""
 
@@ -332,35 +337,43 @@ class EmbeddedPostgres(_EmbeddedServer):
         fresh.mkdir(mode=0o700)
         word = place / f"{fresh.name}.password"
         word.touch(mode=0o600, exist_ok=False)
-        word.write_text(self._password, encoding="ascii")
+        word.write_text(secrets.token_urlsafe(24), encoding="ascii")
         if self._user is not None:
             for path in (fresh, word):
                 os.chown(path, self._user.pw_uid, self._user.pw_gid)
         try:
-            with self._claim.inherited() as lock:
-                done = subprocess.run(  # noqa: S603  # no shell, and the command is ours
-                    [
-                        str(self._program / "bin" / "initdb"),
-                        *("-D", str(fresh), "-U", "chatkeep", f"--pwfile={word}", "--auth=scram-sha-256"),
-                        *("--encoding=UTF8", "--locale=C.UTF-8", "--locale-provider=libc"),
-                        *([] if self._durable else ["--no-sync"]),
-                    ],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    cwd="/",
-                    env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "TZ": "UTC"},
-                    pass_fds=(lock,),
-                    timeout=self._start_seconds,
-                    check=False,
-                    **as_other(self._user),
-                )
+            self._run(
+                *("initdb", "-D", str(fresh), "-U", "postgres", f"--pwfile={word}", "--auth=scram-sha-256"),
+                *("--encoding=UTF8", "--locale=C.UTF-8", "--locale-provider=libc"),
+                *([] if self._durable else ["--no-sync"]),
+            )
         finally:
             word.unlink()
-        if done.returncode != 0:
-            said = done.stdout.decode(errors="replace").strip()
-            raise ConfigurationError(f"PostgreSQL could not make its data directory in {place}:\n{said[-2000:]}")
+        # In single-user mode, where a password stands in no command line and nobody can connect.
+        fsync = f"fsync={'on' if self._durable else 'off'}"
+        make_login = f"CREATE ROLE chatkeep LOGIN PASSWORD '{self._password}' {self.rights}\n"
+        options = [part for option in ("exit_on_error=on", "log_min_error_statement=panic", fsync) for part in ("-c", option)]
+        self._run("postgres", "--single", "-D", str(fresh), *options, "postgres", said=make_login)
         fresh.rename(self.data)
+
+    def _run(self, program: str, *arguments: str, said: str = "") -> None:
+        """One of the server's own programs, to its end."""
+        with self._claim.inherited() as lock:
+            done = subprocess.run(  # noqa: S603  # no shell, and the command is ours
+                [str(self._program / "bin" / program), *arguments],
+                input=said.encode(),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                cwd="/",
+                env={"PATH": os.defpath, "LC_ALL": "C.UTF-8", "TZ": "UTC"},
+                pass_fds=(lock,),
+                timeout=self._start_seconds,
+                check=False,
+                **as_other(self._user),
+            )
+        if done.returncode != 0:
+            output = done.stdout.decode(errors="replace").strip()
+            raise ConfigurationError(f"PostgreSQL could not make its data directory in {self._place()}:\n{output[-2000:]}")
 
     def _remove_stale_pid_file(self) -> None:
         """PostgreSQL takes its old process id for a running server if the number belongs to any process: one that was started since, or a

@@ -52,28 +52,32 @@ class Report:
     """It let other shards have the process although there is more to do."""
 
 
-def flush_shard(client: Redis, settings: Settings, shard: int) -> Report:
-    """Flushes a shard until nothing is left that nobody else will fetch; raises `TryAgainLater` errors, with the log untouched."""
+def flush_shard(client: Redis, settings: Settings, shard: int, halvings: int = 0) -> Report:
+    """Flushes a shard until nothing is left that nobody else will fetch; raises `TryAgainLater` errors, with the log untouched.
+
+    The first batch is halved so many times: one that is too large for a slow Postgres to take within the deadline would fail for ever.
+    """
     report = Report(shard)
     started = time.monotonic()
-    report.more = _pass(client, settings, shard, report)
+    report.more = _pass(client, settings, shard, report, halvings)
     while report.more and time.monotonic() - started < FLUSH_LOOP_SECONDS:
-        report.more = _pass(client, settings, shard, report)
+        halvings = max(0, halvings - 1)
+        report.more = _pass(client, settings, shard, report, halvings)
     report.seconds = round(time.monotonic() - started, 4)
     return report
 
 
-def _pass(client: Redis, settings: Settings, shard: int, report: Report) -> bool:
+def _pass(client: Redis, settings: Settings, shard: int, report: Report, halvings: int = 0) -> bool:
     """One batch; True if there is another one to be fetched now."""
     started = time.monotonic()
     pending.clear_wake(client, shard)
     if not pending.has_entries(client, shard):  # so that an idle Postgres is left asleep
         return False
-    with transaction(seconds=settings.flush_timeout_seconds, wake_seconds=WAKE_SECONDS) as connection, raw_cursor(connection) as cursor:
+    with transaction(seconds=settings.flush_timeout_seconds, wake_seconds=WAKE_SECONDS, role="worker") as db, raw_cursor(db) as cursor:
         if not try_lock(cursor, shard):
             report.busy = True
             return False
-        batch = pending.fetch(client, shard, settings.flush_batch_max, BATCH_BYTES_MAX)
+        batch = pending.fetch(client, shard, max(1, settings.flush_batch_max >> halvings), BATCH_BYTES_MAX >> halvings)
         if not batch:
             return False
         persisted = persist_batch(cursor, shard, settings.shards, batch)

@@ -18,6 +18,10 @@ from worker.errors import ConfigurationError
 
 RETRY_KEYS_MAX = 10_000
 """Retry keys of a conversation that are kept in Redis; for one with more, Postgres is asked for a key that is not among them."""
+MESSAGES_BYTES_MAX = 4 << 20
+KEYS_BYTES_MAX = 32 << 20
+"""What a load reads at most, so that it fits into its time-out however long the messages are: 200 of the longest are 80 MB, which took
+2 s; the keys' values are hashes of the messages, of which 64 MB took 0.7 s."""
 SHARD_LOCK = 0x636B
 """The class of the advisory locks on shards ("ck")."""
 
@@ -47,36 +51,42 @@ class LoadedConversation:
 
 def load_conversation(conversation_id: int, user_id: int, messages_max: int, seconds: float) -> LoadedConversation | None:
     """Everything of a conversation that the cache holds; None if this user has no such conversation."""
-    with transaction(seconds=seconds) as connection:
+    with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
         row = connection.execute(
             text("SELECT title, created_at, updated_at, deleted_at FROM conversation WHERE id = :id AND user_id = :user"),
             {"id": conversation_id, "user": user_id},
         ).one_or_none()
         if row is None:
             return None
-        rows = connection.execute(
-            text(
-                "SELECT id, role, content, created_at, status FROM message WHERE conversation_id = :id AND user_id = :user "
-                "ORDER BY conversation_id DESC, id DESC LIMIT :count"
-            ),
-            {"id": conversation_id, "user": user_id, "count": messages_max + 1},
-        ).all()
-        keys = connection.execute(
-            text(
-                f"SELECT idempotency_key, id || ':' || {HASH_SQL} FROM message WHERE conversation_id = :id AND user_id = :user "
-                "AND idempotency_key IS NOT NULL ORDER BY conversation_id DESC, id DESC LIMIT :count"
-            ),
-            {"id": conversation_id, "user": user_id, "count": RETRY_KEYS_MAX + 1},
-        ).all()
+        which = {"id": conversation_id, "user": user_id}
+        rows = connection.execute(_LATEST, which | {"count": messages_max + 1, "bytes": MESSAGES_BYTES_MAX}).all()
+        keys = connection.execute(_KEYS, which | {"count": RETRY_KEYS_MAX + 1, "bytes": KEYS_BYTES_MAX}).all()
     state = ConversationState(conversation_id, user_id, row[0], to_microseconds(row[1]), to_microseconds(row[2]))
+    messages = [to_stored(conversation_id, user_id, message) for message in rows[:messages_max] if message[2] is not None]
+    pairs = [(key, value) for key, value in keys[:RETRY_KEYS_MAX] if value is not None]
     return LoadedConversation(
         state=state,
         deleted=row[3] is not None,
-        messages=tuple(to_stored(conversation_id, user_id, message) for message in reversed(rows[:messages_max])),
-        whole=len(rows) <= messages_max,
-        retry_keys=tuple((key, value) for key, value in keys[:RETRY_KEYS_MAX]),
-        all_keys=len(keys) <= RETRY_KEYS_MAX,
+        messages=tuple(reversed(messages)),
+        whole=len(messages) == len(rows),
+        retry_keys=tuple(pairs),
+        all_keys=len(pairs) == len(keys),
     )
+
+
+_NEWEST_FIRST = (
+    "SELECT *, sum(octet_length(content)) OVER (ORDER BY conversation_id DESC, id DESC ROWS UNBOUNDED PRECEDING) AS size FROM message "
+    "WHERE conversation_id = :id AND user_id = :user {} ORDER BY conversation_id DESC, id DESC LIMIT :count"
+)
+"""The length of a text is known without reading it. What is over the limit comes without it, and shows that there is more."""
+_LATEST = text(
+    "SELECT id, role, CASE WHEN size <= :bytes THEN content END, created_at, status "
+    f"FROM ({_NEWEST_FIRST.format('')}) AS latest ORDER BY conversation_id DESC, id DESC"
+)
+_KEYS = text(
+    f"SELECT idempotency_key, CASE WHEN size <= :bytes THEN id || ':' || {HASH_SQL} END "
+    f"FROM ({_NEWEST_FIRST.format('AND idempotency_key IS NOT NULL')}) AS latest ORDER BY conversation_id DESC, id DESC"
+)
 
 
 def to_stored(conversation_id: int, user_id: int, row: Sequence[Any]) -> Stored:
@@ -86,7 +96,7 @@ def to_stored(conversation_id: int, user_id: int, row: Sequence[Any]) -> Stored:
 
 def find_message(conversation_id: int, user_id: int, message_id: int, seconds: float) -> Stored | None:
     """One committed message."""
-    with transaction(seconds=seconds) as connection:
+    with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
         row = connection.execute(
             text(
                 "SELECT id, role, content, created_at, status FROM message "
@@ -99,7 +109,7 @@ def find_message(conversation_id: int, user_id: int, message_id: int, seconds: f
 
 def find_retry_key(conversation_id: int, user_id: int, key: str, seconds: float) -> tuple[tuple[str, str], ...]:
     """The key with its value as the cache keeps them, and that of the reply to its message; empty if Postgres does not know the key."""
-    with transaction(seconds=seconds) as connection:
+    with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
         found = _key(connection, conversation_id, user_id, key)
         if found is None:
             return ()
@@ -121,7 +131,7 @@ def _key(connection: Connection, conversation_id: int, user_id: int, key: str) -
 
 def load_created_keys(user_id: int, seconds: float) -> tuple[tuple[tuple[str, str], ...], bool]:
     """The retry keys of the conversations that a user created, the latest first, and whether these are all."""
-    with transaction(seconds=seconds) as connection:
+    with transaction(seconds=seconds, user=user_id) as connection:  # not read_only: this one has to sort
         rows = connection.execute(
             text(
                 "SELECT idempotency_key, id, created_at, request_hash FROM conversation "
@@ -135,7 +145,7 @@ def load_created_keys(user_id: int, seconds: float) -> tuple[tuple[tuple[str, st
 
 def find_created_key(user_id: int, key: str, seconds: float) -> tuple[str, str] | None:
     """One such key, for a user who has more than the cache holds."""
-    with transaction(seconds=seconds) as connection:
+    with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
         row = connection.execute(
             text("SELECT id, created_at, request_hash FROM conversation WHERE user_id = :user AND idempotency_key = :key"),
             {"user": user_id, "key": key},

@@ -38,7 +38,7 @@ def flush(shard: int) -> dict[str, Any]:
         return {"shard": shard, "refused": "no such shard"}
     try:
         note_activity(client())
-        report = flush_shard(client(), settings, shard)
+        report = flush_shard(client(), settings, shard, halvings=min(_failures.get(shard, 0), 16))
         note_activity(client())
     except TryAgainLater as exc:
         return {"shard": shard, "postponed": type(exc).__name__, "seconds": _postpone(shard, exc)}
@@ -79,6 +79,7 @@ def check_installation() -> None:
         made_with = loading.shards_in_postgres(settings.postgres_timeout_seconds)
     loading.check_shards(made_with or settings.shards, settings.shards)
     pending.note_shards(redis, settings.shards)
+    loading.check_shards(pending.made_with_shards(redis) or settings.shards, settings.shards)  # somebody else may have been first
 
 
 def client() -> Redis:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 
+import httpx2
 import pytest
+import uvicorn
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -80,6 +84,22 @@ class TestBodySize:
                 yield b" " * 1000
 
         assert_problem(small.post("/livez", content=parts(), headers={"Content-Length": "1000000"}), 413)
+
+    def test_sender_of_a_large_body_sees_the_answer(self, settings: Settings) -> None:
+        server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_config=None))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as client:
+                for body in (b"x" * 20_000_000, iter([b"x" * 100_000] * 200)):
+                    assert_problem(client.post("/api/conversations/", content=body, headers=JSON), 413)
+                    assert client.get("/livez").status_code == 200
+        finally:
+            server.should_exit = True
+            thread.join()
 
     def test_nonsense_as_a_size_is_no_way_round(self, small: TestClient) -> None:
         for size in ("1" * 5000, "9" * 18):

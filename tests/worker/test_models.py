@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, NullPool, TextClause, create_engine, text
+from sqlalchemy import Connection, NullPool, TextClause, create_engine, event, text
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session
 
-from worker import committed, database
+from worker import committed, database, loading
 from worker.database import sqlalchemy_url
 from worker.models import Conversation, DeadLetter, Message, Shard, User
 from worker.settings import Settings
 
 NOW = datetime(2026, 11, 21, 10, 30, 0, 123456, tzinfo=UTC)
 LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
+AS_OWNER = text("SET LOCAL chatkeep.role = 'owner'")
 
 
 class TestConstraints:
@@ -156,19 +159,37 @@ class TestIndexes:
                 assert (plan["Index Name"], plan["Scan Direction"]) == ("ix_conversation_user_id_updated_at_id", "Forward")
                 assert "ROW(updated_at, id) <" in plan["Index Cond"]
 
+    def test_what_the_cache_has_forgotten(self, crowd: None, analyzed: bool) -> None:
+        _analyze(analyzed)
+        limits = {0: 1, 1: 202, 2: loading.RETRY_KEYS_MAX + 2}  # a window looks one row ahead
+        for conversation in (1, 17, 1000):
+            user = 1 + conversation % 2
+            asked = _asked(lambda conversation=conversation, user=user: loading.load_conversation(conversation, user, 200, 30))
+            for number, (statement, values) in enumerate(asked):
+                plan = _plan(statement, values, above=("Limit", "WindowAgg", "Subquery Scan", "Sort"))  # of what the limit has left
+                assert plan["Index Name"] in (("pk_conversation", "uq_conversation_id_user_id") if number == 0 else ("pk_message",))
+                assert plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0) <= limits[number]
+            for one in (partial(loading.find_message, conversation, user, 2), partial(loading.find_retry_key, conversation, user, "k:2")):
+                [(statement, values), *_] = _asked(partial(one, 30))
+                assert _plan(statement, values)["Index Name"] in ("pk_message", "uq_message_conversation_id_idempotency_key")
+        [(statement, values)] = _asked(partial(loading.find_created_key, 1, "6", 30))
+        assert _plan(statement, values)["Index Name"] == "uq_conversation_user_id_idempotency_key"
+
     def test_retries(self, crowd: None, analyzed: bool) -> None:
         _analyze(analyzed)
-        plan = _plan(text("SELECT id FROM message WHERE conversation_id = 17 AND user_id = 2 AND idempotency_key = 'k:17017'"), {})
+        key = text("SELECT id FROM message WHERE conversation_id = 17 AND user_id = :user AND idempotency_key = 'k:17017'")
+        plan = _plan(key, {"user": 2})
         assert plan["Index Name"] == "uq_message_conversation_id_idempotency_key"
-        plan = _plan(text("SELECT id FROM conversation WHERE user_id = 1 AND idempotency_key = '7'"), {})
+        plan = _plan(text("SELECT id FROM conversation WHERE user_id = :user AND idempotency_key = '7'"), {"user": 1})
         assert plan["Index Name"] == "uq_conversation_user_id_idempotency_key"
 
 
 @pytest.fixture
 def connection(database_url: str) -> Iterator[Connection]:
-    """A transaction that is rolled back."""
+    """A transaction of the owner's that is rolled back."""
     engine = create_engine(sqlalchemy_url(database_url), poolclass=NullPool)
     with engine.connect() as connection:
+        connection.execute(AS_OWNER)
         yield connection
         connection.rollback()
 
@@ -176,7 +197,8 @@ def connection(database_url: str) -> Iterator[Connection]:
 @pytest.fixture
 def crowd(settings: Settings) -> Iterator[None]:
     """Two users with 1,000 conversations; conversation 1 has 30,000 messages, the others 30 each."""
-    with database.transaction(seconds=60) as connection:
+    with database.engine().begin() as connection:
+        connection.execute(AS_OWNER)
         _user(connection, 1)
         _user(connection, 2)
         connection.execute(_MANY_CONVERSATIONS)
@@ -222,17 +244,35 @@ def _refused(constraint: str) -> Any:
 def _analyze(wanted: bool) -> None:
     """Autovacuum may have been quicker, which only makes a test without statistics one with them."""
     if wanted:
-        with database.transaction(seconds=60) as connection:
+        with database.engine().begin() as connection:
             connection.execute(text("ANALYZE message"))
             connection.execute(text("ANALYZE conversation"))
 
 
-def _plan(statement: TextClause, values: dict[str, Any]) -> dict[str, Any]:
-    """What one scan did; anything above it but LIMIT and EXISTS (a sort, say) fails the test."""
-    with database.read(seconds=30) as connection:
+def _asked(call: Callable[[], object]) -> list[tuple[TextClause, dict[str, Any]]]:
+    """What a function of the product asks Postgres, without the beginning of its transactions."""
+    asked: list[tuple[TextClause, dict[str, Any]]] = []
+
+    def note(connection: Connection, statement: Any, values: Any, parameters: Any, options: Any) -> None:
+        if statement is database._SET_LOCAL:
+            assert parameters["read_only"], "not with the planner's settings that _plan shows"
+        else:
+            asked.append((statement, parameters))
+
+    event.listen(database.engine(), "before_execute", note)
+    try:
+        call()
+    finally:
+        event.remove(database.engine(), "before_execute", note)
+    return asked
+
+
+def _plan(statement: TextClause, values: dict[str, Any], above: Collection[str] = ("Limit", "Result")) -> dict[str, Any]:
+    """What one scan did; anything else above it (a sort, say) fails the test."""
+    with database.read(seconds=30, user=values["user"]) as connection:
         explained = connection.execute(text(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement.text}"), values).scalar_one()
     plan: dict[str, Any] = explained[0]["Plan"]
-    if plan["Node Type"] in ("Limit", "Result"):
-        plan = plan["Plans"][0]
+    while plan["Node Type"] in above:  # beside the settings that the policies compare with, which read no table
+        [plan] = [part for part in plan["Plans"] if '"Relation Name"' in json.dumps(part)]
     assert plan["Node Type"] in ("Index Scan", "Index Only Scan"), plan
     return plan

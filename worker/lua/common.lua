@@ -59,10 +59,11 @@ local function ask_for_flush(log, wake, lease_ms)
   return 1
 end
 
--- Tells a user's open pages what happened; the stream is there only while somebody reads it (`worker/events.py`).
+-- Tells a user's open pages what happened; the stream is there only while somebody reads it (`worker/events.py`). What it tells of is done
+-- by now, so nothing here may fail the script.
 local function tell(events, name, a, b, c, d)
   if redis.call('EXISTS', events) == 0 then return end
-  redis.call('XADD', events, 'MAXLEN', '~', EVENTS_KEPT, '*', 'e', name, 'a', a, 'b', b, 'c', c, 'd', d)
+  redis.pcall('XADD', events, 'MAXLEN', '~', EVENTS_KEPT, '*', 'e', name, 'a', a, 'b', b, 'c', c, 'd', d)
 end
 
 -- Whether an event of a reply is its last.
