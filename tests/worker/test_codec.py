@@ -1,0 +1,127 @@
+"""What a message looks like as bytes, and what is not read as one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.codec import (
+    Stored,
+    auto_title,
+    conversation_body,
+    decode_entry,
+    message_body,
+    request_hash,
+    rfc3339,
+    to_datetime,
+    to_microseconds,
+)
+from worker.errors import BadEntry
+
+ID = 179434769364481
+CONVERSATION = ID - 64
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def fields(kind: str = "m", body: bytes = b"", key: str = "", extra: str = "", moment: str = "1800000000000000") -> dict[bytes, bytes]:
+    return {b"k": kind.encode(), b"t": moment.encode(), b"b": body, b"x": key.encode(), b"a": extra.encode()}
+
+
+class TestPublic:
+    @given(UNICODE, st.sampled_from(["user", "assistant"]), st.sampled_from(["complete", "incomplete"]))
+    def test_is_the_message_of_the_contract(self, content: str, role: str, status: str) -> None:
+        stored = Stored(ID, 1_800_000_000_123_456, message_body(CONVERSATION, 7, role, content, status))
+        assert json.loads(stored.public(ID)) == {
+            "id": ID,
+            "conversation_id": CONVERSATION,
+            "user_id": 7,
+            "role": role,
+            "content": content,
+            "created_at": "2027-01-15T08:00:00.123456Z",
+            "status": status,
+            "state": "committed",
+        }
+        assert json.loads(stored.public(ID - 1))["state"] == "pending"
+
+    def test_half_a_surrogate_pair_never_gets_as_far_as_redis(self) -> None:
+        with pytest.raises(TypeError):
+            message_body(CONVERSATION, 7, "user", "\ud800", "complete")
+
+
+class TestDecode:
+    @given(UNICODE.filter(lambda content: "\x00" not in content))
+    def test_a_message_comes_back_as_it_was_appended(self, content: str) -> None:
+        entry = decode_entry(
+            b"%d-0" % ID, fields(body=message_body(CONVERSATION, 7, "user", content, "complete"), key="k:a", extra="title")
+        )
+        assert (entry.id, entry.conversation_id, entry.user_id, entry.content) == (ID, CONVERSATION, 7, content)
+        assert (entry.role, entry.status, entry.key, entry.extra) == ("user", "complete", "k:a", "title")
+
+    @pytest.mark.parametrize(("kind", "title"), [("c", None), ("c", "x" * 200), ("r", "x"), ("d", None)])
+    def test_a_change_comes_back_too(self, kind: str, title: str | None) -> None:
+        entry = decode_entry(b"%d-0" % ID, fields(kind, conversation_body(CONVERSATION, 7, title)))
+        assert (entry.kind, entry.conversation_id, entry.title) == (kind, CONVERSATION, title)
+
+    @given(st.binary(max_size=30), st.dictionaries(st.sampled_from([b"k", b"t", b"b", b"x", b"a"]), st.binary(max_size=30)))
+    def test_nothing_but_bad_entry_comes_of_any_bytes(self, entry_id: bytes, anything: dict[bytes, bytes]) -> None:
+        with pytest.raises(BadEntry):
+            decode_entry(entry_id, anything)
+
+    @given(
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | UNICODE,
+            lambda inner: st.lists(inner) | st.dictionaries(UNICODE, inner),
+        )
+    )
+    def test_nor_of_any_json(self, anything: object) -> None:
+        with pytest.raises(BadEntry):
+            decode_entry(b"%d-0" % ID, fields(body=json.dumps(anything).encode()))
+
+    @pytest.mark.parametrize("entry_id", [b"179434769364481-1", b"0-1", b"179434769364482-0", b"%d-0" % (1 << 53), b"x", b""])
+    def test_an_id_that_no_append_gives(self, entry_id: bytes) -> None:
+        """Another sequence, zero, another shard than its conversation's, too high."""
+        with pytest.raises(BadEntry):
+            decode_entry(entry_id, fields(body=message_body(CONVERSATION, 7, "user", "x", "complete")))
+
+    def test_the_error_names_no_content(self) -> None:
+        with pytest.raises(BadEntry) as refused:
+            decode_entry(b"%d-0" % ID, fields("secret", b'{"secret":1}', "secret"))
+        assert "secret" not in str(refused.value)
+
+
+class TestTitle:
+    @pytest.mark.parametrize(
+        ("content", "title"),
+        [
+            ("Hello", "Hello"),
+            ("  two\n\n lines\t", "two lines"),
+            ("x" * 80, "x" * 80),
+            ("x" * 81, "x" * 79 + "…"),
+            ("word " * 100, "word " * 14 + "word…"),
+            ("a " + "b" * 100, "a " + "b" * 77 + "…"),
+            ("\u2003\u00a0wide\u3000space", "wide space"),
+        ],
+    )
+    def test_is_the_beginning_on_one_line(self, content: str, title: str) -> None:
+        assert auto_title(content) == title
+
+    @given(UNICODE)
+    def test_always_fits(self, content: str) -> None:
+        assert len(auto_title(content)) <= 80
+        assert "\n" not in auto_title(content)
+
+
+class TestTimes:
+    @given(st.integers(0, 253_402_300_799_999_999))
+    def test_microseconds_come_back(self, moment: int) -> None:
+        assert to_microseconds(to_datetime(moment)) == moment
+        assert len(rfc3339(moment)) == len("2026-01-01T00:00:00.000000Z")
+
+
+def test_a_request_is_told_from_another_whatever_the_parts_hold() -> None:
+    hashes = [request_hash("user", "complete", "a"), request_hash("user", "complete", "b"), request_hash("assistant", "complete", "a")]
+    assert len({*hashes, request_hash("conversation", "\x00"), request_hash("conversation", "")}) == 5
+    assert all(len(digest) == 32 for digest in hashes)

@@ -1,0 +1,271 @@
+"""The flush: what a crash leaves at each of its steps, who goes on after whom, and what it costs when there is nothing to do."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from tests import core
+from worker import database, flush, keys, pending
+from worker.errors import PostgresUnavailable, RedisUnavailable
+from worker.flush import flush_shard
+from worker.pending import client_key, reply_key
+
+pytestmark = pytest.mark.anyio
+EMPTIED = True
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A trim takes two entries at a time."""
+    monkeypatch.setattr(flush, "_TRIM_CHUNK", 2)
+
+
+class TestCrash:
+    @pytest.mark.parametrize(("step", "times"), [*((step, 1) for step in core.Flusher.STEPS), ("trim", 2), ("trim", 3)])
+    async def test_at_any_step_loses_and_doubles_nothing(
+        self, settings, redis, log, user, shard, conversation, small_chunks, step, times
+    ) -> None:
+        """Killed before this step; then more is said, and the next flush does the rest."""
+        first = await log.append(user, conversation, "user", "1", key=client_key("a"))
+        await log.append(user, conversation, "assistant", "2", key=reply_key(first.message.id))
+        other = (await log.create(user, None, key=client_key("other"))).conversation.id
+        await log.append(user, other, "user", "other")
+        gone = (await log.create(user, None)).conversation.id
+        await log.delete(user, gone)
+        with core.gates():
+            flusher = core.Flusher(lambda: flush_shard(redis, settings, shard))
+            flusher.until(step)
+            for _ in range(times - 1):
+                flusher.step()
+                flusher.until(step)
+            flusher.kill()
+        assert isinstance(flusher.failure, core.Killed)
+        assert await core.shown(log, user, conversation) == ["1", "2"]
+        assert await core.shown(log, user, other) == ["other"]
+        assert (await log.append(user, conversation, "user", "1", key=client_key("a"))).replayed
+        assert (await log.create(user, None, key=client_key("other"))).replayed
+        await log.append(user, conversation, "user", "3")
+        assert await core.shown(log, user, conversation) == ["1", "2", "3"]
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["1", "2", "3"]
+        assert (core.contents(other), core.contents(gone), core.dead_letters()) == (["other"], [], [])
+        assert (await log.append(user, conversation, "user", "1", key=client_key("a"))).reply_id is not None
+        core.assert_clean(redis, settings)
+
+    @pytest.mark.parametrize("times", range(1, 5))
+    async def test_between_two_chunks_of_a_trim_leaves_nothing_that_nobody_settles(
+        self, settings, redis, log, user, shard, small_chunks, times
+    ) -> None:
+        """Each conversation is settled with its own last entry, not with the batch's."""
+        for i in range(4):
+            await log.append(user, (await log.create(user, None)).conversation.id, "user", str(i))
+        with core.gates():
+            flusher = core.Flusher(lambda: flush_shard(redis, settings, shard))
+            flusher.until("trim")
+            for _ in range(times - 1):
+                flusher.step()
+            flusher.kill()
+        flush_shard(redis, settings, shard)
+        core.assert_clean(redis, settings)
+
+    async def test_a_commit_whose_answer_is_lost_is_repeated_to_no_effect(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        await log.append(user, conversation, "user", "1")
+        commit = database._commit
+
+        def lost(connection):
+            commit(connection)
+            raise PostgresUnavailable()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(database, "_commit", lost)
+            with pytest.raises(PostgresUnavailable):
+                flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["1"] == await core.shown(log, user, conversation)
+        assert redis.xlen(keys.log(shard)) == 2
+        assert flush_shard(redis, settings, shard).messages == 0
+        assert core.contents(conversation) == ["1"]
+        core.assert_clean(redis, settings)
+
+    async def test_postgres_ends_a_flushers_transaction_and_the_next_one_takes_over(
+        self, settings, redis, log, user, shard, conversation
+    ) -> None:
+        """One that was stalled with the log in its hands commits nothing, and trims nothing."""
+        await log.append(user, conversation, "user", "1")
+        with core.gates():
+            stalled = core.Flusher(lambda: flush_shard(redis, settings, shard))
+            stalled.until("persist")
+            core.ask("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'")
+            await log.delete(user, conversation)
+            flush_shard(redis, settings, shard)
+            assert core.contents(conversation) == []
+            with pytest.raises(PostgresUnavailable):
+                stalled.finish()
+        assert core.contents(conversation) == []
+        core.assert_clean(redis, settings)
+
+    async def test_one_that_was_stalled_before_the_lock_writes_nothing_old(self, settings, redis, log, user, shard, conversation) -> None:
+        """It reads the log when it has the lock, and not before."""
+        await log.rename(user, conversation, "old")
+        with core.gates():
+            stalled = core.Flusher(lambda: flush_shard(redis, settings, shard), ("lock", "fetch"))
+            other = core.Flusher(lambda: flush_shard(redis, settings, shard), ("wake",))
+            stalled.until("lock")
+            other.finish()
+            await log.rename(user, conversation, "new")
+            flush_shard(redis, settings, shard)
+            stalled.finish()
+        assert core.ask("SELECT title FROM conversation") == [("new",)]
+
+    async def test_one_that_was_stalled_before_its_trim_takes_nothing_that_came_since(
+        self, settings, redis, log, user, shard, conversation
+    ) -> None:
+        await log.append(user, conversation, "user", "1")
+        with core.gates():
+            stalled = core.Flusher(lambda: flush_shard(redis, settings, shard))
+            stalled.until("trim")
+            flush_shard(redis, settings, shard)
+            await log.append(user, conversation, "user", "2", key=client_key("a"))
+            redis.delete(keys.wake(shard))
+            stalled.step()
+            names = pending.PendingLog._conversation_keys(shard, conversation)
+            assert [redis.pttl(name) for name in names] == [-1, -1, -1]
+            assert await core.shown(log, user, conversation) == ["1", "2"]
+            assert stalled.finish().entries == 3, "nobody else was told to fetch what came since"
+        assert core.contents(conversation) == ["1", "2"]
+        core.assert_clean(redis, settings)
+
+    async def test_a_trim_after_redis_was_wiped_touches_nothing_new(self, settings, redis, log, user, shard, conversation) -> None:
+        await log.append(user, conversation, "user", "1")
+        with core.gates():
+            stalled = core.Flusher(lambda: flush_shard(redis, settings, shard))
+            stalled.until("trim")
+            redis.flushall()
+            await log.append(user, conversation, "user", "2")
+            stalled.step()
+            assert redis.pttl(keys.conversation(shard, conversation)) == -1
+            stalled.finish()
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["1", "2"] == await core.shown(log, user, conversation)
+        core.assert_clean(redis, settings)
+
+    @pytest.mark.parametrize("step", ["wake", "fetch", "trim"])
+    async def test_redis_away_in_the_middle_changes_nothing(
+        self, settings, redis, log, user, shard, conversation, monkeypatch, step
+    ) -> None:
+        await log.append(user, conversation, "user", "1")
+
+        def away(*arguments, **named):
+            raise RedisUnavailable()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pending, {"wake": "clear_wake"}.get(step, step), away)
+            with pytest.raises(RedisUnavailable):
+                flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == (["1"] if step == "trim" else [])
+        assert await core.shown(log, user, conversation) == ["1"]
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["1"]
+        core.assert_clean(redis, settings)
+
+
+class TestBatches:
+    async def test_the_log_goes_in_batches_in_its_order(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:
+        monkeypatch.setattr(settings, "flush_batch_max", 3)
+        said = [str(i) for i in range(20)]
+        for content in said:
+            await log.append(user, conversation, "user", content)
+        report = flush_shard(redis, settings, shard)
+        assert (report.batches, report.entries, report.messages, report.more) == (7, 21, 20, False)
+        assert core.contents(conversation) == said
+        core.assert_clean(redis, settings)
+
+    async def test_one_that_takes_too_long_says_that_there_is_more(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(settings, "flush_batch_max", 1)
+        monkeypatch.setattr(flush, "FLUSH_LOOP_SECONDS", 0.0)
+        await log.append(user, conversation, "user", "1")
+        report = flush_shard(redis, settings, shard)
+        assert (report.batches, report.entries, report.more) == (1, 1, True)
+
+    @pytest.mark.parametrize("entries_max", [1, 2, 7, 8, 9, 1000])
+    async def test_fetch_takes_the_oldest_whole_and_in_order(self, redis, settings, shard, monkeypatch, entries_max) -> None:
+        monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 2)
+        monkeypatch.setattr(pending, "_FETCH_PAGE", 3)
+        ids = [redis.xadd(keys.log(shard), {"b": "x" * 10 * i}, id=f"{i}-{i % 2}") for i in range(1, 9)]
+        assert [entry.id for entry in pending.fetch(redis, shard, entries_max, 1 << 20)] == ids[:entries_max]
+
+    async def test_fetch_holds_about_as_many_bytes_as_it_may(self, redis, settings, shard) -> None:
+        """And at least one entry, however large."""
+        for i in range(1, 301):
+            redis.xadd(keys.log(shard), {"b": "x" * 10_000}, id=f"{i}-0")
+        assert len(pending.fetch(redis, shard, 5000, 1)) == pending._FETCH_PAGE_FIRST
+        sizes = [entry.size for entry in pending.fetch(redis, shard, 5000, 1_000_000)]
+        assert 1_000_000 <= sum(sizes) < 1_100_000
+
+    async def test_nothing_to_do_leaves_postgres_asleep(self, redis, settings, shard, monkeypatch) -> None:
+        monkeypatch.setattr(flush, "transaction", None)
+        assert flush_shard(redis, settings, shard).batches == 0
+
+    async def test_who_finds_the_shard_locked_leaves_it(self, settings, redis, log, user, shard, conversation) -> None:
+        with core.gates():
+            first = core.Flusher(lambda: flush_shard(redis, settings, shard))
+            first.until("commit")
+            assert flush_shard(redis, settings, shard).busy
+            first.finish()
+        core.assert_clean(redis, settings)
+
+
+class TestManyConversations:
+    async def test_each_is_settled_whatever_else_is_in_the_batch(self, settings, redis, log, shard, small_chunks, monkeypatch) -> None:
+        """Three users of one shard, created, talked in, renamed and deleted in every order, in chunks and batches of all sizes."""
+        users = [core.make_user() for _ in range(2 * settings.shards + 1)][:: settings.shards]
+        assert len({keys.shard_of_user(user, settings.shards) for user in users}) == 1
+        shard = keys.shard_of_user(users[0], settings.shards)
+        expected = {}
+        for i, kinds in enumerate(itertools.permutations("mrd")):
+            user = users[i % 3]
+            conversation = (await log.create(user, None, key=client_key(str(i)))).conversation.id
+            done = kinds[: kinds.index("d") + 1]
+            for kind in done:
+                if kind == "m":
+                    await log.append(user, conversation, "user", "said", key=client_key("m"))
+                elif kind == "r":
+                    await log.rename(user, conversation, "renamed")
+                elif i % 2:
+                    await log.delete(user, conversation)
+            expected[conversation] = None if i % 2 else ("renamed" if "r" in done else "said" if "m" in done else None)
+        for batch_max in (1, 2, 3, 5):
+            monkeypatch.setattr(settings, "flush_batch_max", batch_max)
+            monkeypatch.setattr(flush, "FLUSH_LOOP_SECONDS", 0.0)
+            flush_shard(redis, settings, shard)
+        monkeypatch.undo()
+        flush_shard(redis, settings, shard)
+        assert dict(core.ask("SELECT id, title FROM conversation")) == expected
+        core.assert_clean(redis, settings)
+
+
+class TestReport:
+    async def test_metrics_are_counted_and_their_loss_is_no_loss(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        await log.append(user, conversation, "user", "1")
+        flush_shard(redis, settings, shard)
+        stats = {name.decode(): int(value) for name, value in redis.hgetall(keys.STATS).items()}
+        assert stats["flushes"] == 1
+        assert (stats["flushed_entries"], stats["flushed_messages"], stats["batch_le:10"]) == (2, 1, 1)
+        redis.set(keys.STATS, "not a hash")
+        await log.append(user, conversation, "user", "2")
+        assert flush_shard(redis, settings, shard).messages == 1
+
+    async def test_a_log_line_names_no_content_and_no_user(self, settings, redis, log, user, shard, conversation, capsys) -> None:
+        await log.append(user, conversation, "user", "a secret that nobody logs", key=client_key("secret-key"))
+        core.plant(redis, shard, b='{"content":"another secret"}')
+        flush_shard(redis, settings, shard)
+        printed = "".join(capsys.readouterr())
+        assert "dead_letters=1" in printed
+        assert "secret" not in printed

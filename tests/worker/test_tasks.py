@@ -1,0 +1,193 @@
+"""The tasks: whatever happens to them costs seconds, not messages."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import core
+from worker import keys, pending
+from worker.errors import BacklogFull, ConfigurationError, PostgresUnavailable, RedisUnavailable
+from worker.pending import WAKE_LEASE_MS
+
+pytestmark = pytest.mark.anyio
+EMPTIED = True
+
+
+@pytest.fixture
+def tasks(settings, redis, monkeypatch):
+    """The module (it reads the settings when it is imported), on this test's Redis."""
+    from worker import tasks
+
+    monkeypatch.setattr(tasks, "client", lambda: redis)
+    tasks._failures.clear()
+    return tasks
+
+
+@pytest.fixture
+def sent(tasks, monkeypatch) -> list[int]:
+    """The shards whose flush was sent."""
+    found: list[int] = []
+    monkeypatch.setattr(tasks, "send_flush", lambda app, shard: found.append(shard))
+    return found
+
+
+def age(redis, shard: int, seconds: float) -> None:
+    """An entry that was appended so long ago (or, with a set-back clock, in the future)."""
+    now, micro = redis.time()
+    moment = now * 1_000_000 + micro - int(seconds * 1e6)
+    redis.xadd(keys.log(shard), {"k": "m", "t": moment, "b": "{}", "x": "", "a": ""}, id=f"{keys.first_id_at(moment, shard)}-0")
+
+
+class TestSweep:
+    def test_asks_once_for_every_shard_that_waits_too_long(self, redis, tasks, sent) -> None:
+        age(redis, 3, 0.1)
+        age(redis, 4, 1.5)
+        age(redis, 5, 100)
+        assert tasks.sweep() == {"asked": [4, 5]}
+        assert tasks.sweep() == {"asked": []}
+        assert sent == [4, 5]
+        assert redis.pttl(keys.wake(4)) == pytest.approx(WAKE_LEASE_MS, abs=500)
+        assert redis.pttl(keys.wake(5)) == pytest.approx(50_000, abs=1000), "an hour without a worker leaves no hour of tasks"
+        redis.delete(keys.wake(4))
+        assert tasks.sweep() == {"asked": [4]}
+
+    @pytest.mark.parametrize("fields", [{"foo": "bar"}, {"t": "yesterday"}, {"t": ""}, {"t": "-5"}, {"t": "9" * 40}, {"t": b"\xff"}])
+    @pytest.mark.parametrize("entry_id", ["*", "1-1", f"{(1 << 64) - 1}-1", f"{1 << 53}-0"])
+    def test_finds_what_was_planted_too(self, redis, tasks, sent, fields, entry_id) -> None:
+        redis.xadd(keys.log(3), fields, id=entry_id)
+        age(redis, 4, 10)
+        assert tasks.sweep() == {"asked": [3, 4]}
+
+    def test_finds_what_was_appended_before_the_clock_was_set_back(self, redis, tasks, sent) -> None:
+        age(redis, 3, -3600)
+        assert tasks.sweep() == {"asked": [3]}
+
+    def test_a_lease_from_before_the_clock_was_set_back_holds_nobody_up(self, redis, tasks, sent) -> None:
+        age(redis, 3, 10)
+        redis.set(keys.wake(3), "0", px=3_600_000)
+        assert tasks.sweep() == {"asked": [3]}
+
+    def test_redis_away_is_put_off(self, tasks, sent, monkeypatch) -> None:
+        def away(*arguments):
+            raise RedisUnavailable()
+
+        monkeypatch.setattr(pending, "backlog", away)
+        assert tasks.sweep() == {"postponed": "RedisUnavailable"}
+
+
+class TestFlush:
+    async def test_reports_numbers_and_nothing_else(self, settings, redis, tasks, sent, log, user, shard, conversation) -> None:
+        await log.append(user, conversation, "user", "secret")
+        report = tasks.flush(shard)
+        assert report["shard"] == shard
+        assert report["messages"] == 1
+        assert all(isinstance(value, (int, float, bool)) for value in report.values())
+        core.assert_clean(redis, settings)
+
+    @pytest.mark.parametrize("shard", [-1, 16, 10**30])
+    def test_a_shard_that_does_not_exist_is_refused(self, tasks, shard) -> None:
+        assert tasks.flush(shard) == {"shard": shard, "refused": "no such shard"}
+
+    async def test_what_is_left_is_somebodys(self, settings, redis, tasks, sent, log, user, shard, conversation, monkeypatch) -> None:
+        from worker import flush
+
+        monkeypatch.setattr(flush, "FLUSH_LOOP_SECONDS", 0.0)
+        monkeypatch.setattr(settings, "flush_batch_max", 1)
+        await log.append(user, conversation, "user", "1")
+        assert tasks.flush(shard)["more"]
+        assert sent == [shard]
+
+    @pytest.mark.parametrize("error", [PostgresUnavailable, RedisUnavailable, BacklogFull])
+    async def test_a_store_that_is_away_is_tried_again_after_a_growing_pause(
+        self, redis, tasks, sent, log, user, shard, conversation, wakes, monkeypatch, error
+    ) -> None:
+        def away(*arguments, **named):
+            pending.clear_wake(redis, shard)
+            raise error()
+
+        pauses = []
+        with monkeypatch.context() as patched:
+            patched.setattr(tasks, "flush_shard", away)
+            for _ in range(10):
+                result = tasks.flush(shard)
+                assert result["postponed"] == error.__name__
+                pauses.append(result["seconds"])
+        assert 0.25 <= pauses[0] <= 0.5
+        assert 2.5 <= pauses[-1] <= tasks.PAUSE_MAX_SECONDS
+        wakes.clear()
+        await log.append(user, conversation, "user", "x")
+        age(redis, shard + 1, 10)
+        assert wakes == [], "meanwhile nobody asks"
+        assert tasks.sweep() == {"asked": [shard + 1]}
+        redis.delete(keys.wake(shard))
+        assert tasks.flush(shard)["messages"] == 1
+        assert tasks._failures == {}
+
+    async def test_a_postgres_that_is_too_slow_for_a_batch_gets_smaller_ones(
+        self, settings, redis, tasks, sent, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        """Or the shard would try the same batch for ever."""
+        from worker import flush
+
+        persist = flush.persist_batch
+
+        def slow(cursor, shard, shards, batch):
+            if len(batch) > 3:
+                raise PostgresUnavailable()
+            return persist(cursor, shard, shards, batch)
+
+        monkeypatch.setattr(flush, "persist_batch", slow)
+        monkeypatch.setattr(settings, "flush_batch_max", 16)
+        said = [str(i) for i in range(20)]
+        for content in said:
+            await log.append(user, conversation, "user", content)
+        for _ in range(40):
+            tasks.flush(shard)
+            if not redis.xlen(keys.log(shard)):
+                break
+        assert core.contents(conversation) == said
+        core.assert_clean(redis, settings)
+
+
+class TestInstallation:
+    def test_the_number_of_shards_is_written_down_once(self, settings, redis, tasks, monkeypatch) -> None:
+        tasks.check_installation()
+        assert redis.get(keys.SHARDS) == b"16"
+        tasks.check_installation()
+        monkeypatch.setattr(settings, "shards", 8)
+        with pytest.raises(ConfigurationError, match="SHARDS=16"):
+            tasks.check_installation()
+        assert redis.get(keys.SHARDS) == b"16"
+
+    def test_of_two_that_start_first_with_different_numbers_one_is_refused(self, settings, redis, tasks, monkeypatch) -> None:
+        note = pending.note_shards
+
+        def overtaken(client, shards):
+            note(client, 8)
+            note(client, shards)
+
+        monkeypatch.setattr(pending, "note_shards", overtaken)
+        with pytest.raises(ConfigurationError, match="SHARDS=8"):
+            tasks.check_installation()
+
+    async def test_postgres_remembers_it_for_a_wiped_redis(self, settings, redis, tasks, log, user, conversation, monkeypatch) -> None:
+        redis.flushall()
+        monkeypatch.setattr(settings, "shards", 8)
+        with pytest.raises(ConfigurationError, match="SHARDS=16"):
+            tasks.check_installation()
+        assert redis.get(keys.SHARDS) is None
+
+
+def test_what_is_configured_agrees_with_itself(settings) -> None:
+    from worker.broker import make_app
+    from worker.flush import FLUSH_LOOP_SECONDS
+
+    conf = make_app(settings).conf
+    assert conf.task_time_limit > settings.flush_timeout_seconds + FLUSH_LOOP_SECONDS
+    assert conf.broker_transport_options["visibility_timeout"] > conf.task_time_limit
+    assert conf.task_acks_late
+    assert conf.task_ignore_result
+    assert conf.accept_content == ["json"]
+    assert settings.redis_timeout_seconds < pending.ANSWER_WITHIN_SECONDS < 2
+    assert settings.postgres_timeout_seconds * 1000 < pending.LOAD_LEASE_MS
+    assert pending.LOAD_LEASE_MS > pending.ANSWER_WITHIN_SECONDS * 1000
