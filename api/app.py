@@ -80,6 +80,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for router in (auth.router, conversations.router, chat.router, events.router, health.router):
         app.include_router(router)
     app.add_api_route("/", _page, include_in_schema=False)
+    app.add_api_route("/c/{conversation}", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC))
     errors.install(app, chosen.body_bytes_max)  # the innermost first
     if settings is not None:

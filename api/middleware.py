@@ -11,8 +11,9 @@ from api.schemas import MESSAGE_CHARS_MAX
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
 )
+"""The page takes HTML from DOMPurify only, even from its own scripts; FastAPI's `/docs`, which loads from elsewhere, has no policy."""
 _ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
 _API = [*_ALWAYS, (b"cache-control", b"no-store")]
 _PAGE = [*_ALWAYS, (b"cache-control", b"no-cache"), (b"content-security-policy", PAGE_POLICY.encode())]
@@ -29,7 +30,7 @@ class SafetyHeaders:
             await self.app(scope, receive, send)
             return
         path: str = scope["path"]
-        added = _API if path.startswith("/api/") else _PAGE if path == "/" or path.startswith("/static/") else _ALWAYS
+        added = _API if path.startswith("/api/") else _PAGE if path == "/" or path.startswith(("/c/", "/static/")) else _ALWAYS
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
