@@ -515,6 +515,7 @@ class TestWorker:
         assert rows(chatkeep, conversation) == list(zip(ids, words(3), strict=True))
 
     def test_lost_task_is_made_good_by_the_sweep(self, chatkeep: Installation, ann: Person, conversation: int) -> None:
+        chatkeep.drain()
         with chatkeep.worker.frozen(), chatkeep.redis(chatkeep.broker) as broker:
             ids = write(ann, conversation, words(3))
             until(lambda: broker.delete("celery"), "the task is in the queue, and then not")
@@ -522,6 +523,7 @@ class TestWorker:
         assert [number for number, _ in rows(chatkeep, conversation)] == ids
 
     def test_wiped_broker_costs_no_message(self, chatkeep: Installation, ann: Person, conversation: int) -> None:
+        chatkeep.drain()
         with chatkeep.redis(chatkeep.broker) as broker:
             with chatkeep.worker.frozen():
                 ids = write(ann, conversation, words(3))
@@ -614,6 +616,7 @@ class TestEverything:
 
 class TestSecrets:
     def test_the_broker_carries_no_data(self, chatkeep: Installation, ann: Person, conversation: int) -> None:
+        chatkeep.drain()
         with chatkeep.worker.frozen(), chatkeep.redis(chatkeep.broker) as broker:
             write(ann, conversation, words(3))
             until(lambda: broker.llen("celery"), "the task is in the queue")

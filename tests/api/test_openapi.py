@@ -69,6 +69,7 @@ def _fuzz(operation: Any, mode: GenerationMode, served: House, person: Person, c
                 case.path_parameters[name] = str(conversation)
         headers = {**(case.headers or {}), "Authorization": f"Bearer {person.token}"}
         response = case.call(base_url=served.url, headers=headers, timeout=ANSWER_SECONDS)
-        case.validate_response(response, checks=CHECKS)
+        streamed = response.headers.get("content-type", [""])[0].startswith("text/event-stream")  # no JSON, so no schema to compare with
+        case.validate_response(response, checks=[check for check in CHECKS if not (streamed and check is response_schema_conformance)])
 
     send()

@@ -1,0 +1,343 @@
+"""The test of the tests: bugs that are planted one at a time, each of which must turn the suite red. `make mutants`.
+
+A mutant is a few replacements in the product's files, made in a copy of the tree. The tiers then run on the copy, the fastest first, until
+one is red or two minutes are over. A green run without this gate would prove nothing.
+
+    python -m tests.crash.mutants [name ...] [--tier model|points|nemesis] [--list]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS_MAX = 120.0
+"""For all tiers together."""
+TIERS = {
+    "model": ("tests/crash/test_model.py", "-k", "promise"),
+    "points": ("tests/crash/test_points.py",),
+    "nemesis": ("tests/crash/test_nemesis.py",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """A replacement; `old` stands in the file exactly once."""
+
+    path: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A planted bug. `race` is its number in failure-modes, where it has one."""
+
+    name: str
+    what: str
+    edits: tuple[Edit, ...]
+    only: str = ""
+    """The one tier that can see it, where the others cannot by their nature."""
+
+
+MUTANTS = (
+    Mutant(
+        "postgres-first",
+        "R1: a read asks Postgres first and Redis afterwards",
+        (
+            Edit(
+                "api/history.py",
+                '    cached = await log.read(user_id, conversation_id, "before", before, limit + 1)\n',
+                "    early = await log.threads.run(\n"
+                "        partial(\n"
+                '            committed.read_page, user_id, conversation_id, "before", start=before, end=None, count=limit + 1,\n'
+                "            with_conversation=False, look_beyond=False,\n"
+                "        )\n"
+                "    )\n"
+                '    cached = await log.read(user_id, conversation_id, "before", before, limit + 1)\n',
+            ),
+            Edit(
+                "api/history.py",
+                "        newest_first += below.messages\n",
+                "        newest_first += tuple(one for one in early.messages if seam is None or one.id < seam)[: limit + 1 - len(newest_first)]\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "trim-before-commit",
+        "R2: a batch is trimmed before its commit",
+        (
+            Edit(
+                "worker/flush.py",
+                "    trimmed = trim_batch(client, settings, shard, batch, persisted)\n",
+                "        trimmed = trim_batch(client, settings, shard, batch, persisted)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "trim-by-count",
+        "R3: a trim removes as many entries as were committed, not those",
+        (
+            Edit(
+                "worker/lua/trim.lua",
+                "  if redis.call('XDEL', KEYS[1], ARGV[at + i]) == 1 then",
+                "  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]\n"
+                "  if first and redis.call('XDEL', KEYS[1], first[1]) == 1 then",
+            ),
+        ),
+    ),
+    Mutant(
+        "batch-before-lock",
+        "R4: a batch is read before the shard's lock is held",
+        (
+            Edit("worker/flush.py", "        batch = pending.fetch(", "        batch = early or pending.fetch("),
+            Edit(
+                "worker/flush.py",
+                "    with transaction(",
+                "    early = pending.fetch(client, shard, settings.flush_batch_max, BATCH_BYTES_MAX)\n    with transaction(",
+            ),
+        ),
+    ),
+    Mutant(
+        "insert-not-repeatable",
+        "R5: a batch that is written again is refused",
+        (Edit("worker/persist.py", "FROM stage ON CONFLICT DO NOTHING", "FROM stage"),),
+    ),
+    Mutant(
+        "no-tombstone",
+        "R6: a deletion leaves no tombstone in the cache",
+        (
+            Edit(
+                "worker/lua/delete.lua",
+                "redis.call('DEL', KEYS[6], KEYS[7], KEYS[9])",
+                "redis.call('DEL', KEYS[5], KEYS[6], KEYS[7], KEYS[9])",
+            ),
+        ),
+    ),
+    Mutant(
+        "no-tombstone-row",
+        "R6: a deleted conversation is loaded like any other",
+        (Edit("worker/pending.py", "int(loaded.deleted)", "0"),),
+    ),
+    Mutant(
+        "settled-too-early",
+        "R7: a trim takes a conversation with newer entries for clean",
+        (Edit("worker/lua/trim.lua", "local clean = last and tonumber(last) <= committed", "local clean = last"),),
+    ),
+    Mutant(
+        "message-before-conversation",
+        "R8: a batch writes messages before the conversations they are in",
+        (
+            Edit("worker/persist.py", '    _insert_conversations(cursor, [entry for _, entry in entries if entry.kind == "c"])\n', ""),
+            Edit(
+                "worker/persist.py",
+                "    _update_conversations(cursor, changes)\n    _delete",
+                '    _insert_conversations(cursor, [entry for _, entry in entries if entry.kind == "c"])\n'
+                "    _update_conversations(cursor, changes)\n    _delete",
+            ),
+        ),
+    ),
+    Mutant(
+        "no-owner-check",
+        "R9: an append asks nobody whose conversation it is",
+        (Edit("worker/lua/append.lua", "if known[1] ~= ARGV[2] or known[2] == '1' then", "if known[2] == '1' then"),),
+    ),
+    Mutant(
+        "key-forgotten",
+        "R10: a retry key that only Postgres knows is taken for a new one",
+        (Edit("worker/lua/append.lua", "elseif known[5] ~= '1' and ARGV[10] ~= '1' then", "elseif false then"),),
+    ),
+    Mutant(
+        "numbering-restarted",
+        "R11: after a wipe the numbering begins anew",
+        (Edit("worker/lua/seed.lua", "local highest = tonumber(ARGV[1])", "local highest = 0"),),
+    ),
+    Mutant(
+        "key-shared-by-users",
+        "R12: users of a shard share their retry keys",
+        (Edit("worker/keys.py", 'return f"ck:{{s{shard:02d}}}:n:{user_id}"', 'return f"ck:{{s{shard:02d}}}:n:0"'),),
+    ),
+    Mutant(
+        "pending-expires",
+        "D9: the pending log has an expiry",
+        (
+            Edit(
+                "worker/lua/common.lua",
+                "  redis.call('SET', clock, tick)\n  redis.call('INCRBY', bytes, size)\n",
+                "  redis.call('PEXPIRE', log, 4000)\n  redis.call('SET', clock, tick)\n  redis.call('INCRBY', bytes, size)\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "cached-pending-expires",
+        "D9: a cached conversation goes on expiring while something of it is pending",
+        (Edit("worker/lua/append.lua", "if known[3] == '0' then  --", "if false then  --"),),
+    ),
+    Mutant(
+        "everysec",
+        "D1: the append-only file is fsynced every second, and nobody looks",
+        (
+            Edit("worker/embedded.py", '"appendfsync": "always"', '"appendfsync": "everysec"'),
+            Edit("worker/redis.py", 'if told["appendfsync"] != "always":', 'if told["appendfsync"] == "no":'),
+        ),
+        only="nemesis",
+    ),
+    Mutant(
+        "retried-append",
+        "D7: the client repeats a script whose reply was lost",
+        (Edit("worker/redis.py", "_NO_RETRY = 0", "_NO_RETRY = 3"),),
+    ),
+    Mutant(
+        "no-surrogate-check",
+        "P1: text that UTF-8 cannot write is not refused",
+        (Edit("worker/text.py", "    if not is_unicode(value):\n", "    if False:\n"),),
+    ),
+    Mutant(
+        "no-nul-check",
+        "P1: text that Postgres cannot store is not refused",
+        (Edit("worker/text.py", '    if "\\x00" in value:\n', "    if False:\n"),),
+    ),
+    Mutant(
+        "partial-page",
+        "R22: without Postgres, half a page is given for a whole one",
+        (
+            Edit(
+                "api/history.py",
+                "        below = await log.threads.run(\n            partial(\n                committed.read_page,\n                user_id,\n"
+                '                conversation_id,\n                "before",',
+                "        below = await _if_possible(log,\n            partial(\n                committed.read_page,\n                user_id,\n"
+                '                conversation_id,\n                "before",',
+            ),
+            Edit(
+                "api/history.py",
+                "async def _read_after(",
+                "async def _if_possible(log, work):\n"
+                "    from worker.errors import PostgresUnavailable\n\n"
+                "    try:\n"
+                "        return await log.threads.run(work)\n"
+                "    except PostgresUnavailable:\n"
+                "        return committed.CommittedPage(None, (), False)\n\n\n"
+                "async def _read_after(",
+            ),
+        ),
+    ),
+)
+
+
+class NoSuchPlace(Exception):
+    """The code that a mutant changes is no longer there: bring the mutant up to date."""
+
+
+def plant(mutant: Mutant, tree: Path) -> None:
+    """Makes a copy of the tree with this bug in it."""
+    for name in ("api", "worker", "tests", "migrations"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "node_modules"))
+    for name in ("alembic.ini", "pyproject.toml"):
+        shutil.copy2(ROOT / name, tree / name)
+    for edit in mutant.edits:
+        path = tree / edit.path
+        source = path.read_text(encoding="utf-8")
+        if source.count(edit.old) != 1:
+            raise NoSuchPlace(f"{mutant.name}: in {edit.path} there are {source.count(edit.old)} places like {edit.old.strip()[:80]!r}")
+        path.write_text(source.replace(edit.old, edit.new), encoding="utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of a mutant. `tier` is the one that caught it, '' if none did."""
+
+    mutant: Mutant
+    tier: str
+    seconds: float
+    said: str
+
+
+def judge(mutant: Mutant, tiers: Sequence[str]) -> Verdict:
+    """Plants a bug and runs the tiers until one is red, or time is over."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="chatkeep-mutant-", ignore_cleanup_errors=True) as directory:
+        tree = Path(directory)
+        tree.chmod(0o711)
+        plant(mutant, tree)
+        for tier in tiers:
+            left = SECONDS_MAX - (time.monotonic() - started)
+            code, output = _run(tree, TIERS[tier], left)
+            if code not in (0, None):
+                return Verdict(mutant, tier, time.monotonic() - started, _reason(output))
+            if left <= 0:
+                break
+    return Verdict(mutant, "", time.monotonic() - started, "")
+
+
+def _run(tree: Path, arguments: Sequence[str], seconds: float) -> tuple[int | None, str]:
+    """Runs a tier; None if it was not done in time."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
+    env = os.environ | {"CHATKEEP_MUTANT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # so that it ends its servers
+        try:
+            output, _ = process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        return None, output
+    return process.returncode, output
+
+
+def _reason(output: str) -> str:
+    """The first violation, or the first error."""
+    lines = [line.removeprefix("E").strip() for line in output.splitlines() if line.startswith("E ")]
+    for wanted in ("[", "AssertionError", ""):
+        for line in lines:
+            text = line.removeprefix("AssertionError: ")
+            if text.startswith(wanted) and text:
+                return text[:160]
+    return output.strip()[-160:]
+
+
+def main() -> int:
+    """Judges every mutant and prints the table; 1 if one was not caught, or caught by a broken test."""
+    parser = argparse.ArgumentParser(prog="python -m tests.crash.mutants", description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only these")
+    parser.add_argument("--tier", action="append", choices=TIERS, help="only this tier (may be given several times)")
+    parser.add_argument("--list", action="store_true", help="say which there are")
+    given = parser.parse_args()
+    console = Console()
+    chosen = [mutant for mutant in MUTANTS if not given.names or mutant.name in given.names]
+    if unknown := set(given.names) - {mutant.name for mutant in MUTANTS}:
+        parser.error("no such mutant: " + ", ".join(sorted(unknown)))
+    table = Table("mutant", "what", "caught by", "after", "said", title="Planted bugs")
+    missed = 0
+    for mutant in chosen:
+        if given.list:
+            console.print(f"{mutant.name:28} {mutant.what}", highlight=False)
+            continue
+        verdict = judge(mutant, [tier for tier in given.tier or TIERS if not mutant.only or tier == mutant.only])
+        missed += not verdict.tier
+        row = (mutant.name, mutant.what, verdict.tier or "NOBODY", f"{verdict.seconds:.0f} s", verdict.said)
+        console.print(*row, sep=" | ", markup=False, highlight=False, soft_wrap=True)
+        table.add_row(*row)
+    if not given.list:
+        console.print(table, markup=False)
+        console.print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

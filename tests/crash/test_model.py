@@ -1,0 +1,211 @@
+"""The model: every step of append, flush, trim, load and read in any order, each followed by a crash if the schedule says so.
+
+`Chatkeep` is the state machine that hypothesis drives: its rules start calls, flushes and troubles, and `go_on` gives a schedule for what
+is under way, a byte a step. The checker judges each history at its end. The stand-ins of the two stores are compared with the real ones
+below, call by call.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any, ClassVar, TypeAlias
+from unittest import mock
+
+import pytest
+import redis
+import sqlalchemy as sa
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
+
+import worker.flush
+import worker.loading
+import worker.persist
+from tests import core
+from tests.crash import memory_postgres, model
+from tests.crash.memory_postgres import MemoryPostgres
+from tests.crash.memory_redis import CommandError, MemoryRedis, Ranks, Stream
+from tests.crash.model import Actor, Fate, World
+from worker import database, keys
+from worker.pending import RawEntry
+from worker.settings import Settings
+
+USERS = (2, 4, 3)
+"""The first two share a shard."""
+STEPS_MIN = 100_000
+EXAMPLES = 1200
+LENGTH = 40
+MOVES = 16
+
+_TO_THE_END = 1000
+_MOVES = (
+    *[(Fate.WORKS, _TO_THE_END)] * 9,
+    *[(Fate.WORKS, steps) for steps in (1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8)],
+    *[(fate, 1) for fate in (Fate.REQUEST_LOST, Fate.REPLY_LOST, Fate.REPLY_LOST, Fate.LATE, Fate.LATE)],
+    *[(fate, 1) for fate in (Fate.KILLED_BEFORE, Fate.KILLED_AFTER, Fate.KILLED_AFTER)],
+    *[(Fate.WORKS, steps) for steps in (1, 2, 4)],
+)
+"""What the upper five bits of a move mean: most races need one actor to stand still while others come to their end."""
+_SMALL = st.sampled_from([0, 0, 0, 0, 1, 1, 2, 3])
+How: TypeAlias = tuple[int, Fate]
+AT_ONCE: How = (_TO_THE_END, Fate.WORKS)
+_HOW = st.tuples(
+    st.sampled_from([_TO_THE_END, _TO_THE_END, *range(13)]),
+    st.sampled_from([*[Fate.WORKS] * 5, Fate.REQUEST_LOST, Fate.REPLY_LOST, Fate.LATE, Fate.KILLED_BEFORE, Fate.KILLED_AFTER, Fate.KILLED_AFTER]),
+)
+"""How many steps of a call run at once, and what becomes of the last; if it has not ended then, it stands there for the schedule to move."""
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins() -> Iterator[None]:
+    with model.installed(), mock.patch.object(worker.loading, "RETRY_KEYS_MAX", 2):
+        yield
+
+
+class Chatkeep(RuleBasedStateMachine):
+    """Clients, flushes and troubles, in any order."""
+
+    steps: ClassVar[int] = 0
+    schedules: ClassVar[int] = 0
+
+    @initialize()
+    def begin(self) -> None:
+        self.world = World()
+        self.keyed: list[tuple[int, int, str, str, str]] = []
+        self._do(AT_ONCE, self.world.create, USERS[0], None, "a")
+
+    # Clients
+
+    @rule(which=_SMALL, keys=st.lists(st.booleans(), min_size=1, max_size=4), role=st.sampled_from(["user", "assistant"]), how=_HOW)
+    def append(self, which: int, keys: list[bool], role: str, how: How) -> None:
+        """One or several; all but the last run to their end."""
+        user, conversation = self._pick(which)
+        for place, keyed in enumerate(keys, 1):
+            call = (user, conversation, self.world.say(), f"k{len(self.keyed)}" if keyed else "", role)
+            if keyed:
+                self.keyed.append(call)
+            self._do(how if place == len(keys) else AT_ONCE, self.world.append, *call)
+
+    @precondition(lambda self: self.keyed)
+    @rule(which=_SMALL, how=_HOW)
+    def append_again(self, which: int, how: How) -> None:
+        self._do(how, self.world.append, *self.keyed[-1 - which % len(self.keyed)])
+
+    @rule(which=_SMALL, limit=st.sampled_from([1, 2, 50]), direction=st.sampled_from(["latest", "before", "after"]), where=_SMALL, how=_HOW)
+    def read(self, which: int, limit: int, direction: str, where: int, how: How) -> None:
+        user, conversation = self._pick(which)
+        known = sorted(item.id for one in self.world.history.operations if one.conversation == conversation for item in one.messages)
+        mark = known[where % len(known)] if known else conversation
+        before, after = (mark if direction == name else None for name in ("before", "after"))
+        self._do(how, self.world.page, user, conversation, before, after, limit)
+
+    @rule(which=_SMALL, kind=st.sampled_from(["rename", "rename", "delete", "list", "probe"]), how=_HOW)
+    def change(self, which: int, kind: str, how: How) -> None:
+        user, conversation = self._pick(which)
+        if kind == "rename":
+            self._do(how, self.world.rename, user, conversation, "named " + self.world.say())
+        elif kind == "delete":
+            self._do(how, self.world.delete, user, conversation)
+        elif kind == "list":
+            self._do(how, self.world.list_all, user)
+        else:
+            self.world.probe(USERS[(USERS.index(user) + 1) % len(USERS)], conversation)
+
+    @rule(user=st.sampled_from(USERS), titled=st.booleans(), key=st.sampled_from(["", "a", "b"]), how=_HOW)
+    def create(self, user: int, titled: bool, key: str, how: How) -> None:
+        """Under one key only one request: what happens otherwise is a test of its own."""
+        self._do(how, self.world.create, user, f"title {self.world.say()}" if titled and not key else None, key)
+
+    # The worker
+
+    @rule(shard=st.sampled_from([0, 0, 0, 1]), how=_HOW)
+    def flush(self, shard: int, how: How) -> None:
+        self._do(how, self.world.flush, shard)
+
+    @rule(shard=st.sampled_from([0, 0, 0, 1]))
+    def flush_at_once(self, shard: int) -> None:
+        self._do(AT_ONCE, self.world.flush, shard)
+
+    # Troubles
+
+    @rule(kind=st.sampled_from(["stop", "outage", "start", "poison", "forward", "back"]))
+    def trouble(self, kind: str) -> None:
+        if kind in ("forward", "back"):
+            self.world.turn_clock(3600 if kind == "forward" else -3600)
+        elif kind == "poison":
+            self.world.plant_poison(0)
+        else:
+            self.world.postgres.stop()
+            self.world.postgres.up = kind != "outage"
+
+    @rule(seconds=st.sampled_from([0.1, 3, 16, 25, 90]))
+    def wait(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+
+    @rule(backwards=st.booleans())
+    def empty_cache(self, backwards: bool) -> None:
+        """Once everything is flushed. Where another server takes the place of the lost one, its clock may be behind."""
+        for shard in (0, 1):
+            self._do(AT_ONCE, self.world.flush, shard)
+        if self.world.empty_cache() and backwards:
+            self.world.turn_clock(-3600)
+
+    # The schedule
+
+    @precondition(lambda self: self.world.actors)
+    @rule(schedule=st.binary(min_size=1, max_size=MOVES))
+    def go_on(self, schedule: bytes) -> None:
+        """The lower three bits say who goes on, the upper five how far, or with which fate."""
+        for move in schedule:
+            if not self.world.actors:
+                break
+            fate, steps = _MOVES[move >> 3]
+            self._move(self.world.actors[(move & 7) % len(self.world.actors)], fate, steps)
+
+    def _do(self, how: How, call: Callable[..., None], *arguments: Any) -> None:
+        steps, fate = how
+        call(*arguments)
+        actor = self.world.actors[-1]
+        self._move(actor, Fate.WORKS, steps)
+        if fate is not Fate.WORKS and not actor.done:
+            self.world.advance(actor, fate)
+
+    def _move(self, actor: Actor, fate: Fate, steps: int) -> None:
+        for _ in range(steps):
+            self.world.advance(actor, fate)
+            if actor.done:
+                break
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        violations = self.world.finish()
+        Chatkeep.steps += self.world.steps
+        Chatkeep.schedules += 1
+        assert not violations, "\n".join(map(str, violations))
+
+    def _pick(self, which: int) -> tuple[int, int]:
+        known = [(one.user, one.conversation) for one in self.world.history.operations if one.kind == "create" and one.outcome == "ok"]
+        return known[which % len(known)]
+
+
+def test_no_schedule_breaks_the_promise(capsys: pytest.CaptureFixture[str]) -> None:
+    run_state_machine_as_test(
+        Chatkeep,
+        settings=settings(
+            max_examples=int(os.environ.get("EX", EXAMPLES)),
+            stateful_step_count=LENGTH,
+            deadline=None,
+            database=None,
+            print_blob=True,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+        ),
+    )
+    with capsys.disabled():
+        print(f"\nmodel: {Chatkeep.steps} steps in {Chatkeep.schedules} schedules", end=" ")
+    assert Chatkeep.steps >= STEPS_MIN, "not a violation: the model has become lazy"
