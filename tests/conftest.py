@@ -42,7 +42,9 @@ def state_dir() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres(state_dir: Path) -> Iterator[EmbeddedPostgres]:
-    server = EmbeddedPostgres(state_dir, durable=False, start_seconds=START_SECONDS, settings={"max_connections": "200"})
+    server = EmbeddedPostgres(
+        state_dir, durable=False, start_seconds=START_SECONDS, settings={"max_connections": "200", "autovacuum": "off"}
+    )
     server.start()
     yield server
     server.destroy()
