@@ -273,6 +273,7 @@ export class Chat {
     if (reply.message) this.#touch(reply.message);
     if (id !== this.place?.id || reply.left || this.#closed) return;
     this.composer.setRunning(false, false);
+    if (!reply.seen) return; // nothing was running
     if (reply.message) {
       thread.written(reply.message);
       announce(`Chatkeep: ${thread.newest.spoken.slice(0, SPOKEN_CHARS_MAX)}`);
@@ -326,7 +327,7 @@ export class Chat {
   // Other tabs, other devices, and what was missed
 
   #show(message) {
-    const entry = message.role === "user" ? this.outbox.match(message) : null;
+    const entry = thread.has(message.id) ? null : this.outbox.match(message);
     if (entry) thread.acknowledge(entry.key, message);
     else thread.put(message);
     this.#watchPending();

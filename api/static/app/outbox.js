@@ -91,6 +91,7 @@ export class Outbox {
    * so that nobody sees it twice; it is sent all the same, because only the server knows.
    */
   match(message) {
+    if (message.role !== "user") return null;
     const since = Date.parse(message.created_at) + CLOCKS_DIFFER_MS;
     const seems = (entry) => entry.conversation === message.conversation_id && !entry.acknowledged && entry.created < since;
     const entry = this.#ordered().find((one) => seems(one) && !one.shown && one.text === message.content) ?? null;
@@ -247,8 +248,10 @@ export class Outbox {
   }
 
   #keep({ state, note, shown, again, unkept, ...entry }) {
+    const known = this.#entries.get(entry.key);
+    if (!known) return; // taken back while it was on its way
     const kept = remember(this.#name(entry.key), entry);
-    this.#entries.get(entry.key).unkept = !kept;
+    known.unkept = !kept;
     if (!kept) this.#hooks.full();
   }
 
@@ -259,7 +262,7 @@ export class Outbox {
 
   #take(entry) {
     if (entry.acknowledged && Date.now() - entry.created > KEPT_MS) forget(this.#name(entry.key));
-    else this.#entries.set(entry.key, { ...this.#entries.get(entry.key), ...entry });
+    else this.#entries.set(entry.key, Object.assign(this.#entries.get(entry.key) ?? {}, entry));
   }
 
   #changedElsewhere(name, value) {

@@ -25,6 +25,7 @@ export class Sidebar {
   #loaded = false;
   #current = null;
   #query = "";
+  #stale = false;
   #again;
   #off = new AbortController();
 
@@ -53,6 +54,7 @@ export class Sidebar {
 
   /** Reads the list anew, as far as it had been read. */
   async refresh() {
+    this.#stale = this.#loading; // what is being read may be from before whatever was missed
     if (this.#loading) return;
     const wanted = Math.max(PAGE, this.#items.size);
     const fresh = new Map();
@@ -213,6 +215,8 @@ export class Sidebar {
     this.render();
     clearTimeout(this.#again);
     if (this.#failed) this.#again = setTimeout(() => this.#tryAgain(), AGAIN_MS);
+    else if (this.#stale) this.refresh();
+    else if (this.#query) this.#loadMore(true); // all of them, page by page: only the titles are needed
   }
 
   #tryAgain() {
@@ -227,13 +231,13 @@ export class Sidebar {
       for (const item of page.items) if (!this.#items.has(item.id)) this.#items.set(item.id, item);
       this.#cursor = page.next_cursor;
     });
-    if (!this.#failed) await this.#loadMore(this.#query !== "");
+    if (!this.#failed) await this.#loadMore();
   }
 
   #search(query) {
     this.#query = query.trim();
     this.render();
-    if (this.#query) this.#loadMore(true); // all of them, page by page: they are few, and only their titles
+    if (this.#query) this.#loadMore(true);
   }
 
   // Keys and clicks

@@ -77,6 +77,10 @@ export class Thread {
     return this.#stored.length + this.#waiting.size === 0 && !this.#reply;
   }
 
+  has(id) {
+    return this.#stored[this.#position(id)]?.id === id;
+  }
+
   /** The last thing that the person has written here. */
   get lastPrompt() {
     return this.#stored.findLast((view) => view.role === "user") ?? null;
@@ -110,7 +114,7 @@ export class Thread {
     const at = this.#position(message.id);
     if (this.#stored[at]?.id === message.id) return this.#stored[at].update(message);
     this.#insert(at, viewOf(message));
-    this.#came(message.role === "user");
+    this.#came();
     return undefined;
   }
 
@@ -154,7 +158,7 @@ export class Thread {
       this.#lack = null;
       this.#render();
     }
-    this.#came(false);
+    this.#came();
   }
 
   /** The reply that was being written has become this message. */
@@ -167,7 +171,8 @@ export class Thread {
       return this.put(message);
     }
     view.update(message);
-    return this.#insert(at, view);
+    this.#insert(at, view);
+    return this.#came();
   }
 
   /** Says that the last message has no reply, and offers something; null: it has, or may get one. */
@@ -271,9 +276,8 @@ export class Thread {
     for (const { element } of far) element.classList.add("settled");
   }
 
-  /** Something came at the end: follow it, or tell those who read further up. */
-  #came(own) {
-    if (own && this.#pinned) this.#stick();
+  /** Something came at the end: those who read further up are told. (Who is at the end stays there: see the observer.) */
+  #came() {
     if (!this.#pinned) this.#showJump("New messages");
   }
 
