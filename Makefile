@@ -19,6 +19,7 @@ help:
 	@echo 'make run       run all of Chatkeep on this machine (ARGS="--port 8080" for another port)'
 	@echo 'make test      all tests, on real servers (ARGS="tests/worker -k flush" for some)'
 	@echo 'make check     lint, types, schema drift'
+	@echo 'make bench     measure it beside what it replaces, on a quiet machine (ARGS="--rows 1,6"); make bench-long: the long rows too'
 	@echo 'make format    put the code into the form that check asks for'
 	@echo 'make lock      pin again what pyproject.toml asks for (needs uv)'
 	@echo 'make clean     remove .venv and what tools leave behind; data in .chatkeep stays'
@@ -49,6 +50,13 @@ check: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m tests.schema
+
+.PHONY: bench bench-long
+bench: $(INSTALLED)
+	$(PY) -m benchmarks $(ARGS)
+
+bench-long: $(INSTALLED)
+	$(PY) -m benchmarks --long $(ARGS)
 
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix .

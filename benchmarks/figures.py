@@ -33,7 +33,7 @@ class Plan:
     deep: int = 100_000
     listed: int = 10_000
     backlog: int = 200_000
-    small_backlog: int = 100_000
+    small_backlog: int = 50_000
     held: int = 20_000
     lag_seconds: float = 12.0
     few_rows: int = 10_000

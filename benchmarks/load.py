@@ -302,8 +302,7 @@ def run_wrk(load: Load) -> Served:
     program = shutil.which("wrk")
     if program is None:
         raise SystemExit("wrk is not installed (Debian, Ubuntu: apt install wrk); without --load wrk, the built-in generator is used.")
-    if load.warm_seconds:
-        run(replace(load, seconds=load.warm_seconds, warm_seconds=0.0))
+    warm = run(replace(load, seconds=load.warm_seconds, warm_seconds=0.0)).all_requests if load.warm_seconds else 0
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(_WRK % ("{" + ",".join("'" + "".join(f"\\{byte:03d}" for byte in one) + "'" for one in load.requests) + "}"))
         script.flush()
@@ -313,7 +312,7 @@ def run_wrk(load: Load) -> Served:
     told = json.loads(done.stderr[done.stderr.rindex(b"{") :])
     if told["errors"]:
         raise RuntimeError(f"{told['errors']} answers were not the expected ones")
-    return Served(told["requests"], told["us"] / 1e6, told["p50"] / 1e3, told["p99"] / 1e3, told["max"] / 1e3, told["requests"])
+    return Served(told["requests"], told["us"] / 1e6, told["p50"] / 1e3, told["p99"] / 1e3, told["max"] / 1e3, told["requests"] + warm)
 
 
 RUNNERS: dict[str, Callable[[Load], Served]] = {"own": run, "wrk": run_wrk}

@@ -37,7 +37,7 @@ def wait_until_quiet(patience_seconds: float) -> None:
     end = time.monotonic() + patience_seconds
     while time.monotonic() < end:
         with listen() as noise:
-            time.sleep(0.5)
+            time.sleep(0.3)
         if noise.share < NOISY / 2:
             return
 

@@ -199,7 +199,7 @@ class Stand:
                 made = probe.ask("POST", "/api/conversations/", 201, self.headers(user), {"title": f"number {i}"})
                 system.conversations.append((user, made["id"]))
 
-    def quietly(self, work: Callable[[], T], attempts: int = 3) -> T:
+    def quietly(self, work: Callable[[], T], attempts: int = 2) -> T:
         """Does something that is timed, and again if others were too busy meanwhile; notes how busy they were."""
         for attempt in range(1, attempts + 1):
             if not self.plan.is_tiny:

@@ -6,10 +6,12 @@ only at what it answers, prints, and leaves in the stores.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ import httpx2
 import psutil
 import psycopg2
 import pytest
+import redis
 
 from tests.people import Person, keyed, ok, problem, sign_up, until
 from tests.processes import OPERATOR, SHARDS, Installation, frozen_server
@@ -101,6 +104,16 @@ def locked_out(chatkeep: Installation) -> Iterator[Callable[[], bool]]:
             return bool(chatkeep.query("SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'message'::regclass"))
 
         yield somebody_waits
+
+
+@contextmanager
+def nobody_at_the_queue(chatkeep: Installation) -> Iterator[tuple[redis.Redis, Callable[[], list[bytes]]]]:
+    """The worker is frozen, and what it would be given stays in the queue; the broker, and what tells of the flush tasks there."""
+    with chatkeep.redis(chatkeep.broker) as broker, chatkeep.worker.frozen():
+        for client in broker.client_list():
+            if client["cmd"] == "brpop":  # it would be given the next task, frozen or not
+                broker.client_kill_filter(_id=client["id"])
+        yield broker, lambda: [task for task in broker.lrange("celery", 0, -1) if json.loads(task)["headers"]["task"] == "flush"]
 
 
 def logs(chatkeep: Installation) -> str:
@@ -516,23 +529,24 @@ class TestWorker:
 
     def test_lost_task_is_made_good_by_the_sweep(self, chatkeep: Installation, ann: Person, conversation: int) -> None:
         chatkeep.drain()
-        with chatkeep.worker.frozen(), chatkeep.redis(chatkeep.broker) as broker:
+        with nobody_at_the_queue(chatkeep) as (broker, flushes):
             ids = write(ann, conversation, words(3))
-            until(lambda: broker.delete("celery"), "the task is in the queue, and then not")
-        chatkeep.drain(10)
+            until(flushes, "the task is in the queue")
+            broker.delete("celery")
+        chatkeep.drain(15)
         assert [number for number, _ in rows(chatkeep, conversation)] == ids
 
     def test_wiped_broker_costs_no_message(self, chatkeep: Installation, ann: Person, conversation: int) -> None:
         chatkeep.drain()
-        with chatkeep.redis(chatkeep.broker) as broker:
-            with chatkeep.worker.frozen():
-                ids = write(ann, conversation, words(3))
-                until(lambda: broker.llen("celery"), "the task is in the queue")
-                broker.flushall()
-            chatkeep.drain(15)
+        with nobody_at_the_queue(chatkeep) as (broker, flushes):
+            ids = write(ann, conversation, words(3))
+            until(flushes, "the task is in the queue")
             broker.flushall()
-            ids += write(ann, conversation, words(3, first=4))
-            chatkeep.drain(15)
+        chatkeep.drain(15)
+        with chatkeep.redis(chatkeep.broker) as broker:
+            broker.flushall()
+        ids += write(ann, conversation, words(3, first=4))
+        chatkeep.drain(15)
         assert rows(chatkeep, conversation) == list(zip(ids, words(6), strict=True))
 
     def test_dead_or_frozen_broker_delays_no_acknowledgement(self, chatkeep: Installation, ann: Person, conversation: int) -> None:
@@ -617,11 +631,11 @@ class TestEverything:
 class TestSecrets:
     def test_the_broker_carries_no_data(self, chatkeep: Installation, ann: Person, conversation: int) -> None:
         chatkeep.drain()
-        with chatkeep.worker.frozen(), chatkeep.redis(chatkeep.broker) as broker:
+        with nobody_at_the_queue(chatkeep) as (_, flushes):
             write(ann, conversation, words(3))
-            until(lambda: broker.llen("celery"), "the task is in the queue")
-            held = b"".join(item for item in broker.lrange("celery", 0, -1))
-            assert not any(secret.encode() in held for secret in (WORDS, EMAIL, ann.token, str(conversation)))
+            for task in until(flushes, "the task is in the queue"):
+                assert not any(secret.encode() in task for secret in (WORDS, EMAIL, ann.token, str(conversation)))
+                assert b64decode(json.loads(task)["body"]).startswith(b"[[%d], {}" % (ann.id % SHARDS)), "a shard and nothing else"
 
     def test_no_log_holds_a_message_a_token_or_an_address(self, chatkeep: Installation, ann: Person, conversation: int) -> None:
         """Of all processes and servers, with all that the tests before this one have done to them."""

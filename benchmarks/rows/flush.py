@@ -164,5 +164,5 @@ def shards_apart(stand: Stand) -> list[Figure]:
         chatkeep.drain()
         lags = chatkeep.lags(since)
     raw = {"p50, ms": percentile(lags, 0.5)}
-    what = "lag of quiet shards while one shard has a backlog of 100,000, one worker process: p99"
+    what = f"lag of quiet shards while one shard has a backlog of {stand.plan.small_backlog:,}, one worker process: p99"
     return [Figure("15", what, "ms", (percentile(lags, 0.99),), at_most(1000), raw)]

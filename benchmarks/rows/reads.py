@@ -36,7 +36,7 @@ def history_hot(stand: Stand) -> list[Figure]:
             _expect(probe, reads[system.name][0], PAGE)
     stand.chatkeep.drain()
     rate: dict[str, list[float]] = {system.name: [] for system in systems}
-    for round_ in range(stand.plan.rounds):
+    for round_ in range(stand.plan.few_rounds):
         for system in rotated(systems, round_):
             rate[system.name].append(stand.load(Load(system.ports, reads[system.name], MANY, stand.plan.seconds)).rate)
     raw = {f"{name}, /s": median(values) for name, values in rate.items()}

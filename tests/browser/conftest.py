@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from tests import schema
 from tests.browser import chromium
 from tests.browser.model import Model
 from tests.browser.page import ChatPage, sign_up
@@ -45,21 +43,18 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="package")
 def stack(browser: Browser) -> Iterator[Stack]:
     """All processes. (It asks for the browser first: without one, there is nothing to start them for.)"""
-    with schema.state_directory() as home:
-        running = Stack(Path(home))
-        try:
-            running.start()
-            yield running
-        finally:
-            running.stop()
+    with Stack() as running:
+        running.migrate()
+        running.start("api", "worker", "beat")
+        yield running
 
 
 @pytest.fixture
 def model(stack: Stack) -> Iterator[Model]:
     """The model, with nothing planned."""
-    stack.model.reset()
-    yield stack.model
-    stack.model.reset()
+    stack.script.reset()
+    yield stack.script
+    stack.script.reset()
 
 
 class Record:
@@ -102,7 +97,7 @@ def new_context(browser: Browser, stack: Stack, record: Record) -> Iterator[Call
     made: list[BrowserContext] = []
 
     def make(**options: Any) -> BrowserContext:
-        context = browser.new_context(**({"viewport": chromium.WIDE, "base_url": stack.url, "locale": "en-GB"} | options))
+        context = browser.new_context(**({"viewport": chromium.WIDE, "base_url": stack.api.url, "locale": "en-GB"} | options))
         context.set_default_timeout(EXPECT_MS)
         record.watch(context)
         made.append(context)

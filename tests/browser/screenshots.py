@@ -9,7 +9,6 @@ from typing import Any
 
 from playwright.sync_api import Browser, expect, sync_playwright
 
-from tests import schema
 from tests.browser import chromium
 from tests.browser.model import Failure, Gate, words
 from tests.browser.page import PASSWORD, ChatPage, sign_up
@@ -28,28 +27,25 @@ EARLIER = (
     (71, "How do tides work?"),
 )
 QUESTION = "How do I count the words in a file with Python, most frequent first?"
-ANSWER = """Read the text, split it into words, and let `Counter` do the rest:
+ANSWER = """Split the text into words, and let `Counter` do the rest. Its `most_common` sorts by frequency:
 
 ```python
 from collections import Counter
-from pathlib import Path
 import re
 
-def top_words(path: str, count: int = 10) -> list[tuple[str, int]]:
-    text = Path(path).read_text(encoding="utf-8").lower()
-    return Counter(re.findall(r"\\w+", text)).most_common(count)
-```
-
-`most_common` sorts by frequency, so nothing else is needed."""
+def top_words(text: str, count: int = 10) -> list[tuple[str, int]]:
+    words = re.findall(r"\\w+", text.lower())
+    return Counter(words).most_common(count)
+```"""
 FOLLOW_UP = "And how fast is that for a large file?"
-TABLE = """It reads the whole file at once, which is fine up to a few hundred megabytes:
+TABLE = """With the whole file in memory, it is fine up to a few *hundred* megabytes:
 
 | File | Words | Time |
 | --- | ---: | ---: |
 | 1 MB | 180 thousand | 0.04 s |
 | 100 MB | 18 million | 4 s |
 
-For more than that, go **line by line** and call `update`; memory then depends on the number of *different* words only."""
+For more than that, go **line by line** and call `update` for each of them."""
 WRITING = """Yes. Three things change:
 
 1. Open the file and iterate over its lines instead of reading it.
@@ -60,23 +56,22 @@ def main() -> None:
     """Everything, wide and narrow, light and dark."""
     program = chromium.find() or sys.exit(chromium.MISSING)
     HERE.mkdir(exist_ok=True)
-    with schema.state_directory() as home, sync_playwright() as playwright:
-        stack = Stack(Path(home))
+    with Stack() as stack, sync_playwright() as playwright:
+        stack.migrate()
+        stack.start("api", "worker", "beat")
         browser = playwright.chromium.launch(executable_path=program, args=chromium.ARGUMENTS)
         try:
-            stack.start()
             for size, viewport in (("wide", chromium.WIDE), ("narrow", chromium.NARROW)):
                 for theme in ("light", "dark"):
                     _tour(browser, stack, size, theme, viewport)
         finally:
             browser.close()
-            stack.stop()
 
 
 def _tour(browser: Browser, stack: Stack, size: str, theme: Any, viewport: Any) -> None:
     name, narrow = f"{size}-{theme}", size == "narrow"
     options = {"device_scale_factor": 2, "has_touch": True, "is_mobile": True} if narrow else {}
-    context = browser.new_context(viewport=viewport, color_scheme=theme, base_url=stack.url, locale="en-GB", **options)
+    context = browser.new_context(viewport=viewport, color_scheme=theme, base_url=stack.api.url, locale="en-GB", **options)
     page = context.new_page()
 
     def shoot(what: str) -> None:
@@ -109,15 +104,15 @@ def _tour(browser: Browser, stack: Stack, size: str, theme: Any, viewport: Any) 
 
 
 def _talk(chat: ChatPage, stack: Stack, shoot: Any) -> None:
-    stack.model.will_say(*words(ANSWER))
-    chat.talk(QUESTION, "nothing else is needed")
+    stack.script.will_say(*words(ANSWER))
+    chat.talk(QUESTION, "most_common(count)")
     expect(chat.replies.locator(".hljs-keyword").first).to_be_visible()
-    stack.model.will_say(*words(TABLE))
-    chat.talk(FOLLOW_UP, "words only")
+    stack.script.will_say(*words(TABLE))
+    chat.talk(FOLLOW_UP, "for each of them")
     expect(chat.state(1)).to_have_attribute("data-state", "committed")
     shoot("long")
     gate = Gate()
-    stack.model.will_say(*words(WRITING), gate)
+    stack.script.will_say(*words(WRITING), gate)
     chat.say("Can you show me what that changes?")
     expect(chat.replies.nth(2)).to_contain_text("for each of")
     expect(chat.state(2)).to_have_attribute("data-state", "committed")
@@ -125,7 +120,7 @@ def _talk(chat: ChatPage, stack: Stack, shoot: Any) -> None:
     chat.stop.click()
     expect(chat.replies.nth(2)).to_contain_text("Cut short")
     gate.open()
-    stack.model.will_say(Failure())
+    stack.script.will_say(Failure())
     chat.say("Go on, please.")
     expect(chat.log).to_contain_text("The model gave no reply")
     expect(chat.state(3)).to_have_attribute("data-state", "committed")

@@ -11,6 +11,7 @@ from tests.browser.conftest import NewPage
 from tests.browser.model import Gate, Model, words
 from tests.browser.page import PASSWORD, ChatPage, sign_up
 from tests.browser.stack import Stack
+from tests.processes import frozen_server
 
 
 def test_api_killed_in_the_middle_of_a_reply(chat: ChatPage, stack: Stack, model: Model) -> None:
@@ -48,7 +49,7 @@ def test_redis_away_and_back(chat: ChatPage, stack: Stack) -> None:
 def test_postgres_away_and_the_chat_goes_on(chat: ChatPage, stack: Stack) -> None:
     chat.talk("While it is there")
     expect(chat.state(0)).to_have_attribute("data-state", "committed")
-    with stack.postgres_frozen():
+    with frozen_server(stack.postgres):
         chat.talk("While it is away")
         expect(chat.state(1)).to_have_attribute("data-state", "pending")
         chat.page.reload()

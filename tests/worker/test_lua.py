@@ -110,10 +110,13 @@ class TestTrim:
         """By their ids and never by their number: here one from the middle is missing already."""
         for i in range(5):
             await log.append(user, conversation, "user", str(i))
-        batch = self._entries(redis, shard)[:3]
+        everything = self._entries(redis, shard)
+        batch = everything[:3]
         redis.xdel(keys.log(shard), batch[1].id)
         pending.trim(redis, shard, batch, [], [], ttl_seconds=900, messages_kept=10)
-        assert len(self._entries(redis, shard)) == 3
+        assert self._entries(redis, shard) == everything[3:]
+        left = int(redis.get(keys.backlog_bytes(shard)))
+        assert left == sum(entry.size for entry in everything[3:]) + batch[1].size, "what it did not take it does not count down"
 
     async def test_a_conversation_whose_copy_is_gone_is_settled_too(self, settings, redis, log, user, shard) -> None:
         conversation = (await log.create(user, None, key=client_key("a"))).conversation.id

@@ -77,7 +77,7 @@ class TestAppend:
             await log.append(user, conversation, other[0], other[1], status=other[2], key=client_key("a"))
 
     async def test_keys_of_users_and_conversations_and_replies_never_meet(self, settings, log, user, conversation) -> None:
-        stranger = core.make_user()
+        [*_, stranger] = (core.make_user() for _ in range(settings.shards))  # of the same shard
         theirs = (await log.create(stranger, None, key=client_key("a"))).conversation.id
         second = (await log.create(user, None, key=client_key("a"))).conversation.id
         assert len({theirs, second, conversation}) == 3
@@ -613,12 +613,12 @@ class TestClock:
         first = (await log.append(user, conversation, "user", "a")).message.id
         with core.gates():
             flusher = core.Flusher(lambda: flush_shard(redis, settings, shard))
-            flusher.until("commit")
+            flusher.until("persist")
             redis.flushall()
             seeding = asyncio.create_task(log._seed(shard))
             await asyncio.sleep(0.2)
             assert not seeding.done()
-            flusher.step()
+            flusher.until("trim")
             await seeding
             flusher.finish()
         second = (await log.append(user, conversation, "user", "b")).message.id
