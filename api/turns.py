@@ -27,7 +27,7 @@ import structlog
 
 from api.dependencies import Page
 from api.errors import describe_problem
-from api.history import read_history
+from api.history import read_conversation, read_history
 from api.metrics import ACCEPTED
 from api.replies import Responder, Turn
 from worker.codec import Status
@@ -102,6 +102,7 @@ class Turns:
     async def begin(self, user_id: int, conversation_id: int, text: str, key: str | None) -> Begun:
         """Stores the user's message and starts the reply; a known key gives the first turn again. Raises as `PendingLog.append` does."""
         if (await self._streams.read(conversation_id, count=1)).abandoned:
+            await read_conversation(self._log, user_id, conversation_id)  # whoever finishes it must be its owner
             await self.finish_abandoned(user_id, conversation_id)
         token = secrets.token_hex(16)
         asked = await self._log.append(user_id, conversation_id, "user", text, key=client_key(key) if key else None, turn=token)
@@ -292,8 +293,13 @@ class Turns:
 
     async def _context(self, writer: Writer) -> list[Turn]:
         """The latest messages up to the question."""
-        page = Page(limit=CONTEXT_MESSAGES, before=writer.question_id + 1)
-        messages = (await read_history(self._log, writer.user_id, writer.conversation_id, page)).messages
+        until = writer.question_id + 1
+        cached = await self._log.read(writer.user_id, writer.conversation_id, "before", until, CONTEXT_MESSAGES)
+        if cached:  # as much as Redis has: a reply should not wait for Postgres
+            messages = cached.messages[::-1]
+        else:
+            page = Page(limit=CONTEXT_MESSAGES, before=until)
+            messages = (await read_history(self._log, writer.user_id, writer.conversation_id, page)).messages
         return [Turn(body["role"], body["content"]) for body in (orjson.loads(message.body) for message in messages)]
 
     async def _stored_reply(self, user_id: int, conversation_id: int, reply_id: int) -> Appended:

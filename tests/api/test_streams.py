@@ -355,6 +355,21 @@ class TestDeadProcess:
             ("fine", "complete"),
         ]
 
+    async def test_a_stranger_cannot_end_it(self, site: Site, settings: Settings) -> None:
+        session = await site.start()
+        site.app.state.turns._watcher.cancel()
+        await self.abandon(site, session)
+        stranger = core.make_user()
+        while stranger % settings.shards != int(session) % 64:
+            stranger = core.make_user()
+        headers = {"Authorization": "Bearer " + site.app.state.tokens.issue(stranger)}
+        answer = await site.http.post(f"/api/chat/{session}/message", json={"message": "mine"}, headers=headers)
+        assert answer.status_code == 404
+        async with opened(site, "GET", f"/api/chat/{session}/stream") as events:
+            got = await events.rest()
+        assert [(m["content"], m["status"]) for m in await site.history(session)][1:] == [("half a ", "incomplete")]
+        assert names(got)[-1] == "assistant_message"
+
     async def test_a_reader_gets_its_end(self, site: Site) -> None:
         session = await site.start()
         site.app.state.turns._watcher.cancel()
@@ -368,6 +383,21 @@ class TestDeadProcess:
         session = await site.start()
         await self.abandon(site, session)
         await eventually(lambda: site.history(session), lambda items: [m["content"] for m in items] == ["Hello", "half a "])
+
+
+class TestContext:
+    async def test_is_what_redis_has_and_postgres_is_not_waited_for(self, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("api.turns.read_history", None)
+        monkeypatch.setattr(settings, "cache_messages_max", 3)
+        async with serve(settings, core.make_user()) as site:
+            session = await site.start()
+            with closing(connect_sync(settings)) as redis:
+                for number in range(3):
+                    site.model.say("yes", None)
+                    asked = await site.http.post(f"/api/chat/{session}/message", json={"message": str(number)})
+                    assert asked.status_code == 200
+                    await asyncio.to_thread(core.flush_all, redis, settings)
+            assert [[one.content for one in turns] for turns in site.model.asked] == [["0"], ["0", "yes", "1"], ["yes", "1", "yes", "2"]]
 
 
 class TestShutdown:

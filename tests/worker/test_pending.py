@@ -10,14 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from api.history import list_conversations
+from api.history import list_conversations, read_conversation
 from tests import core
 from worker import keys, loading, pending
 from worker.database import dispose
-from worker.errors import BacklogFull, ConfigurationError, KeyReused, NotFound, PostgresUnavailable, RedisUnavailable, TurnRunning
+from worker.errors import BacklogFull, ConfigurationError, KeyReused, NotFound, PostgresUnavailable, RedisUnavailable, TooSlow, TurnRunning
 from worker.flush import flush_shard
 from worker.pending import PendingLog, client_key, reply_key
 from worker.redis import connect
+from worker.settings import SHARD_SLOTS
 
 pytestmark = pytest.mark.anyio
 EMPTIED = True
@@ -712,7 +713,30 @@ class TestStoresAway:
         calls += [core.shown(log, user, conversation) for _ in range(20)]
         refused = await asyncio.gather(*calls, return_exceptions=True)
         assert time.monotonic() - started < 2.2
-        assert {type(one) for one in refused} <= {PostgresUnavailable, RedisUnavailable}
+        assert {type(one) for one in refused} <= {PostgresUnavailable, TooSlow}
+
+    async def test_postgres_frozen_somebody_elses_conversation_is_answered_like_one_that_never_was(
+        self, settings, redis, log, user, shard, conversation, request
+    ) -> None:
+        """Redis knows the one and not the other; a stranger of the same shard must not learn which."""
+        await log.append(user, conversation, "user", "x")
+        stranger, nobodys = user + settings.shards, conversation + SHARD_SLOTS
+        assert keys.shard_of_user(stranger, settings.shards) == shard
+        request.getfixturevalue("frozen_postgres")
+
+        async def tried(number: int) -> list[str]:
+            calls = [
+                log.append(stranger, number, "user", "x"),
+                log.append(stranger, number, "user", "x", key=client_key("a"), turn="t"),
+                log.rename(stranger, number, "mine"),
+                log.delete(stranger, number),
+                core.shown(log, stranger, number),
+                core.shown(log, stranger, number, after=1),
+                read_conversation(log, stranger, number),
+            ]
+            return [str(await asyncio.gather(one, return_exceptions=True)) for one in calls]
+
+        assert await tried(conversation) == await tried(nobodys)
 
     async def test_postgres_frozen_no_page_only_looks_whole(
         self, settings, redis, log, user, shard, conversation, monkeypatch, request

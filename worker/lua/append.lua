@@ -3,12 +3,12 @@
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 retry key or ''  6 request hash  7 title if the conversation has none, or ''
 --      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key  11 turn token or ''  12 turn lease (ms)  13 the user's limit (bytes)
 -- Answers {'OK', id, microseconds, wake, committed}; {'REPLAY', id, committed, {stored message}, reply id or ''}; or one of
---   {'UNKNOWN'} load the conversation first   {'NOT_FOUND'} absent, deleted or somebody else's   {'ASK_KEY'} Postgres may know the key
+--   {'UNKNOWN'} ask Postgres for this user's   {'NOT_FOUND'} deleted   {'ASK_KEY'} Postgres may know the key
 --   {'NEED_SEED'} the clock is gone   {'FULL'} the backlog is at its limit   {'USER_FULL'}   {'KEY_REUSED'}   {'TURN_RUNNING'}
 -- Run twice with a retry key it appends once; that is what makes a lost reply harmless.
 local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 't', 'k', 'm', 'a', 's')
-if not known[1] then return {'UNKNOWN'} end
-if known[1] ~= ARGV[2] or known[2] == '1' then return {'NOT_FOUND'} end
+if known[1] ~= ARGV[2] then return {'UNKNOWN'} end  -- also somebody else's: nobody may learn which ids there are, not even while Postgres is away
+if known[2] == '1' then return {'NOT_FOUND'} end
 
 local key, replayed = ARGV[5], nil
 if key ~= '' then

@@ -4,8 +4,8 @@
 -- Answers {'UNKNOWN'}, {'NOT_FOUND'} or {'OK', {title, created, last activity, last message id, whole}, ttl (ms), committed, {messages}, first cached id};
 -- 'before' gives the newest first.
 local known = redis.call('HMGET', KEYS[1], 'u', 'd', 't', 's', 'a', 'm', 'w', 'l')
-if not known[1] then return {'UNKNOWN'} end
-if known[1] ~= ARGV[1] or known[2] == '1' then return {'NOT_FOUND'} end
+if known[1] ~= ARGV[1] then return {'UNKNOWN'} end  -- also somebody else's: nobody may learn which ids there are, not even while Postgres is away
+if known[2] == '1' then return {'NOT_FOUND'} end
 -- Of a clean conversation everything is committed, also when the shard's own mark was lost with the rest of a wiped Redis.
 local committed = known[8] == '0' and known[6] or redis.call('GET', KEYS[3]) or '0'
 local page, first = {}, ''

@@ -3,8 +3,8 @@
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 title  6 backlog limit (bytes)  7 wake lease (ms)  8 the user's limit (bytes)
 -- Answers {'OK', created, last activity, wake}, {'UNKNOWN'}, {'NOT_FOUND'}, {'NEED_SEED'}, {'FULL'} or {'USER_FULL'}.
 local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 's', 'a')
-if not known[1] then return {'UNKNOWN'} end
-if known[1] ~= ARGV[2] or known[2] == '1' then return {'NOT_FOUND'} end
+if known[1] ~= ARGV[2] then return {'UNKNOWN'} end  -- also somebody else's: nobody may learn which ids there are, not even while Postgres is away
+if known[2] == '1' then return {'NOT_FOUND'} end
 local last_tick = redis.call('GET', KEYS[2])
 if not last_tick then return {'NEED_SEED'} end
 local size = entry_size(ARGV[4], '', '')
