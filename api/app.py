@@ -105,7 +105,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _check_installation() -> None:
-    """Refuses to start with another number of shards; stores that are away are no reason not to start."""
+    """Refuses to start with another number of shards or a wrong address; stores that are away are no reason not to start."""
     from worker.tasks import check_installation  # here, because it starts Celery's application, which needs the settings
 
     try:

@@ -10,8 +10,11 @@ answer is 503, never a page that only looks whole (race R22).
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,10 +22,10 @@ from api.dependencies import Page
 from api.errors import Unprocessable
 from worker import committed
 from worker.codec import Stored
-from worker.errors import NotFound
+from worker.errors import NotFound, TooSlow
 from worker.keys import ID_LIMIT
 from worker.loading import ConversationState
-from worker.pending import CachedPage, PendingLog
+from worker.pending import ANSWER_WITHIN_SECONDS, CachedPage, PendingLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,59 +48,66 @@ class ConversationList:
 
 
 async def read_history(log: PendingLog, user_id: int, conversation_id: int, page: Page) -> HistoryPage:
-    """A page of a conversation; raises `NotFound`, `RedisUnavailable` and `PostgresUnavailable`."""
-    if page.after is not None:
-        return await _read_after(log, user_id, conversation_id, page.after, page.limit)
-    return await _read_before(log, user_id, conversation_id, page.before, page.limit)
+    """A page of a conversation; raises `NotFound`, `RedisUnavailable`, `PostgresUnavailable` and `TooSlow`."""
+    async with _in_time():
+        if page.after is not None:
+            return await _read_after(log, user_id, conversation_id, page.after, page.limit)
+        return await _read_before(log, user_id, conversation_id, page.before, page.limit)
 
 
 async def read_conversation(log: PendingLog, user_id: int, conversation_id: int) -> ConversationState:
     """A conversation as it is now; raises as `read_history` does."""
-    cached = await log.read(user_id, conversation_id, None, None, 0)
-    if cached is not None:
-        return cached.conversation
-    found = await log.threads.run(partial(committed.read_conversation, user_id, conversation_id))
+    async with _in_time():
+        cached = await log.read(user_id, conversation_id, None, None, 0)
+        if cached is not None:
+            return cached.conversation
+        found = await log.threads.run(partial(committed.read_conversation, user_id, conversation_id))
     if found is None:
         raise NotFound()
+    log.load_soon(user_id, conversation_id)
     return found
 
 
 async def list_conversations(log: PendingLog, user_id: int, limit: int, cursor: str | None) -> ConversationList:
     """A page of the conversation list. Those with pending changes are as Redis has them, the others as Postgres has them."""
     before = None if cursor is None else _decode_cursor(cursor)
-    changed = await log.changed(user_id)
-    rows = await log.threads.run(partial(committed.list_conversations, user_id, before, changed, limit + 1))
+    async with _in_time():
+        changed = await log.changed(user_id)
+        rows = await log.threads.run(partial(committed.list_conversations, user_id, before, changed, limit + 1))
     rows += [state for state in changed.values() if state is not None and (before is None or _position(state) < before)]
     rows.sort(key=_position, reverse=True)
     items = tuple(rows[:limit])
     return ConversationList(items, _encode_cursor(items[-1]) if len(rows) > limit else None)
 
 
+@asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    """Both stores have time-outs of their own; together they may take longer than a caller is to wait."""
+    try:
+        async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
+            yield
+    except TimeoutError as exc:
+        raise TooSlow() from exc
+
+
 async def _read_before(log: PendingLog, user_id: int, conversation_id: int, before: int | None, limit: int) -> HistoryPage:
     cached = await log.read(user_id, conversation_id, "before", before, limit + 1)
     newest_first = cached.messages if cached else ()
-    conversation = cached.conversation if cached else None
-    has_newer = cached is not None and before is not None and cached.last_id >= before
-    if cached is None or (len(newest_first) <= limit and not cached.whole):
+    if cached is not None and (len(newest_first) > limit or cached.whole):
+        conversation, has_newer = cached.conversation, _has_at_or_after(cached, before)
+    else:
         seam = newest_first[-1].id if newest_first else before
-        below = await log.threads.run(
-            partial(
-                committed.read_page,
-                user_id,
-                conversation_id,
-                "before",
-                start=seam,
-                end=None,
-                count=limit + 1 - len(newest_first),
-                with_conversation=cached is None,
-                look_beyond=cached is None,
-            )
-        )
+        count = limit + 1 - len(newest_first)
+        page = partial(committed.read_page, user_id, conversation_id, "before", seam, None, count, look_beyond=cached is None)
+        below = await log.threads.run(page)
+        if below.conversation is None:  # also one that was deleted since Redis answered: the cached part alone would look whole
+            raise NotFound()
         newest_first += below.messages
-        conversation = conversation or below.conversation
-        has_newer = has_newer or below.beyond
-    if conversation is None:
-        raise NotFound()
+        if cached is not None:
+            conversation, has_newer = cached.conversation, _has_at_or_after(cached, before)
+        else:
+            conversation, has_newer = below.conversation, below.beyond
+            log.load_soon(user_id, conversation_id)
     return HistoryPage(
         conversation=conversation,
         messages=tuple(reversed(newest_first[:limit])),
@@ -114,22 +124,15 @@ async def _read_after(log: PendingLog, user_id: int, conversation_id: int, after
     else:
         seam = cached.first_id if cached else None
         below = await log.threads.run(
-            partial(
-                committed.read_page,
-                user_id,
-                conversation_id,
-                "after",
-                start=after,
-                end=seam,
-                count=limit + 1,
-                with_conversation=cached is None,
-                look_beyond=True,
-            )
+            partial(committed.read_page, user_id, conversation_id, "after", after, seam, limit + 1, look_beyond=True)
         )
-        found = cached.conversation if cached else below.conversation
-        if found is None:
+        if below.conversation is None:
             raise NotFound()
-        oldest_first, conversation, has_older = below.messages + (cached.messages if cached else ()), found, below.beyond
+        oldest_first, conversation, has_older = below.messages, below.conversation, below.beyond
+        if cached is not None:
+            oldest_first, conversation = oldest_first + cached.messages, cached.conversation
+        else:
+            log.load_soon(user_id, conversation_id)
     return HistoryPage(
         conversation=conversation,
         messages=oldest_first[:limit],
@@ -142,6 +145,10 @@ async def _read_after(log: PendingLog, user_id: int, conversation_id: int, after
 def _covers(cached: CachedPage, after: int) -> bool:
     """Whether every message after this id is cached."""
     return cached.whole or (cached.first_id is not None and after >= cached.first_id - 1)
+
+
+def _has_at_or_after(cached: CachedPage, number: int | None) -> bool:
+    return number is not None and cached.last_id >= number
 
 
 def _has_at_or_before(cached: CachedPage, number: int) -> bool:

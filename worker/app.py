@@ -35,7 +35,7 @@ def _logs(**_: Any) -> None:
 
 @worker_init.connect
 def _check(**_: Any) -> None:
-    """Refuses to start with another number of shards; stores that are away are no reason not to start."""
+    """Refuses to start with another number of shards or a wrong address; stores that are away are no reason not to start."""
     from worker.tasks import check_installation
 
     try:

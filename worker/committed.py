@@ -59,20 +59,18 @@ def read_page(
     end: int | None,
     count: int,
     *,
-    with_conversation: bool,
     look_beyond: bool,
 ) -> CommittedPage:
-    """Up to `count` messages between `start` and `end`, both exclusive, from `start` on.
+    """Up to `count` messages between `start` and `end`, both exclusive, from `start` on, and their conversation (None: no such one).
 
-    `with_conversation` asks for the conversation too (None if this user has none such); `look_beyond` for whether the start has anything
-    at it or behind it. At most three statements, one transaction.
+    `look_beyond` asks whether the start has anything at it or behind it. At most three statements, one transaction.
     """
     whom = {"user": user_id, "conversation": conversation_id}
     backwards = direction == "before"
     low, high = (end, start) if backwards else (start, end)
     with read(user=user_id) as connection:
-        conversation = _conversation(connection, user_id, conversation_id) if with_conversation else None
-        if with_conversation and conversation is None:
+        conversation = _conversation(connection, user_id, conversation_id)
+        if conversation is None:
             return CommittedPage(None, (), False)
         bounds = {"from": low or 0, "until": _LAST_ID if high is None else high, "count": count}
         rows = connection.execute(_OLDER if backwards else _NEWER, whom | bounds).all() if count > 0 else []

@@ -4,6 +4,7 @@
     ├── TryAgainLater            the same call may succeed later (503, Retry-After)
     │   ├── RedisUnavailable
     │   ├── PostgresUnavailable
+    │   ├── TooSlow
     │   ├── NotDurable
     │   ├── BacklogFull
     │   └── UserBacklogFull      (429)
@@ -50,6 +51,10 @@ class PostgresUnavailable(TryAgainLater):
     """The database cannot be reached, and what was asked for is not whole in the cache. Try again in a few seconds."""
 
     retry_after_seconds = 2
+
+
+class TooSlow(TryAgainLater):
+    """This took longer than 2 seconds and was given up. The outcome of a write is unknown: repeat it with the same Idempotency-Key."""
 
 
 class NotDurable(TryAgainLater):

@@ -31,8 +31,9 @@ from redis.exceptions import RedisError
 
 from worker import keys, loading
 from worker.codec import ENTRY_OVERHEAD_BYTES, Role, Status, Stored, auto_title, conversation_body, message_body, request_hash
-from worker.errors import BacklogFull, ChatkeepError, KeyReused, NotFound, RedisUnavailable, TurnRunning, UserBacklogFull
+from worker.errors import BacklogFull, ChatkeepError, KeyReused, NotFound, RedisUnavailable, TooSlow, TurnRunning, UserBacklogFull
 from worker.loading import ConversationState
+from worker.redis import MEMORY_FULL
 from worker.scripts import Argument, AsyncScripts, run, translate
 from worker.settings import Settings
 from worker.threads import DatabaseThreads
@@ -51,9 +52,6 @@ EXTRA_TTL_SECONDS = 60
 """What hangs on a conversation outlives it, so that a known conversation never lacks its messages."""
 CLOCK_AHEAD_MS = 366 * 86_400_000
 """An id in the log that is further ahead of the server's clock (and not known to Postgres) was given by no append."""
-MEMORY_FULL = 0.9
-"""Of Redis's `maxmemory`: what is above belongs to those who make room. At the limit itself no flush can be asked for (a wake-up and a
-task are writes), so a log that has filled it would never get shorter."""
 _FETCH_PAGE_FIRST, _FETCH_PAGE = 50, 500
 
 
@@ -286,9 +284,9 @@ class PendingLog:
     async def read(
         self, user_id: int, conversation_id: int, direction: Literal["before", "after"] | None, from_id: int | None, count: int
     ) -> CachedPage | None:
-        """What Redis knows; None if it does not know the conversation (then Postgres is to be asked, and nothing of it is pending).
+        """What Redis knows; None if it knows no such conversation of this user (then Postgres is to be asked: nothing of it is pending).
 
-        Raises `NotFound` for what is deleted or somebody else's, and `RedisUnavailable`.
+        Raises `NotFound` for a deleted one, and `RedisUnavailable`.
         """
         shard = self._shard(user_id, conversation_id)
         conversation, messages, retry_keys = self._conversation_keys(shard, conversation_id)
@@ -297,7 +295,6 @@ class PendingLog:
         if answer[0] == b"NOT_FOUND":
             raise NotFound()
         if answer[0] == b"UNKNOWN":
-            self._spawn(self._load(shard, user_id, conversation_id))
             return None
         title, created, updated, last_id, whole = answer[1]
         ttl = self._settings.cache_ttl_seconds
@@ -311,6 +308,10 @@ class PendingLog:
             whole=whole == b"1",
             committed=int(answer[3]),
         )
+
+    def load_soon(self, user_id: int, conversation_id: int) -> None:
+        """Installs a conversation that Postgres has just been seen to have, so that the next read finds it in Redis."""
+        self._spawn(self._load(self._shard(user_id, conversation_id), user_id, conversation_id))
 
     async def changed(self, user_id: int) -> dict[int, ConversationState | None]:
         """The user's conversations with pending entries as they are now; None for a deleted one."""
@@ -339,8 +340,8 @@ class PendingLog:
             async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
                 while (result := await attempt()) is None:
                     pass
-        except TimeoutError as exc:
-            raise RedisUnavailable() from exc
+        except TimeoutError as exc:  # each call has its own, shorter time-out: it was several, to both stores
+            raise TooSlow() from exc
         self._check_durability()  # the write may have opened a connection to a server that came back with other settings
         return result
 

@@ -39,6 +39,10 @@ CONNECTIONS_MAX = 64
 HEALTH_CHECK_SECONDS = 15
 """A connection that was idle longer is asked before it is used: one that was cut silently then fails before a write is on its way."""
 
+MEMORY_FULL = 0.9
+"""Of Redis's `maxmemory`: what is above belongs to those who make room. At the limit itself no flush can be asked for (a wake-up and a
+task are writes), so a log that has filled it would never get shorter."""
+
 _NO_RETRY = 0
 log = structlog.get_logger(__name__)
 
@@ -211,8 +215,8 @@ def _eviction(told: Mapping[str, str]) -> Check:
 
 def _memory(told: Mapping[str, str]) -> Check:
     limit, used = (_number(told.get(name, "")) for name in ("maxmemory", "used_memory"))
-    if 0 < limit <= used:
-        return Check("memory", False, "Redis has reached maxmemory and refuses writes")
+    if 0 < limit * MEMORY_FULL <= used:
+        return Check("memory", False, f"Redis holds {MEMORY_FULL:.0%} of its maxmemory, and nothing more is accepted; is anything flushed?")
     return Check("memory", True)
 
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import structlog
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
@@ -25,6 +26,8 @@ from worker import keys
 from worker.codec import ENTRY_OVERHEAD_BYTES
 from worker.errors import BacklogFull, ChatkeepError, NotDurable, RedisUnavailable
 from worker.settings import SHARD_SLOTS
+
+log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
 _FOLDER = Path(__file__).parent / "lua"
@@ -72,10 +75,14 @@ def translate(exc: Exception) -> ChatkeepError:
     refused = "READONLY" if isinstance(exc, ReadOnlyError) else next((code for code in _REFUSALS if code in text), None)
     if refused and isinstance(exc, ResponseError):
         return NotDurable(f"Redis refuses writes ({refused}).")
+    if isinstance(exc, ResponseError) and not text.startswith(_PASSING):
+        # It will again: a bug of ours, a right that is missing, a damaged key.
+        log.error("redis refused a command", code=text.partition(" ")[0])
     return RedisUnavailable()
 
 
 _REFUSALS = ("MISCONF", "READONLY", "NOREPLICAS")
+_PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ from redis import Redis
 
 from worker import loading, pending
 from worker.app import app
+from worker.database import sqlalchemy_url
 from worker.errors import TryAgainLater
 from worker.flush import flush_shard
 from worker.health import note_activity
@@ -70,9 +71,10 @@ def sweep() -> dict[str, Any]:
 def check_installation() -> None:
     """Compares `SHARDS` with what this installation was made with, in Redis and in Postgres, and writes it down at the first start.
 
-    Raises `ConfigurationError` for another number, `TryAgainLater` if neither store could be asked.
+    Raises `ConfigurationError` for another number or an address that is none, `TryAgainLater` if neither store could be asked.
     """
     settings = get_settings()
+    sqlalchemy_url(settings.database_url.get_secret_value())  # while Redis knows the number, nothing else would look at it
     redis = client()
     made_with = pending.made_with_shards(redis)
     if made_with is None:

@@ -45,6 +45,7 @@ class TestStart:
             ({"DATABASE_URL": ""}, "DATABASE_URL"),
             ({"JWT_SECRET": "changeme-changeme-changeme-changeme"}, "JWT_SECRET"),
             ({"REDIS_URL": "http://127.0.0.1/"}, "REDIS_URL"),
+            ({"DATABASE_URL": "mysql://a:changeme@127.0.0.1/c"}, "DATABASE_URL"),
             ({"LLM_MODEL": "m"}, "LLM_BASE_URL"),
         ],
     )

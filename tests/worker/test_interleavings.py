@@ -170,6 +170,22 @@ class TestMergedRead:
     def _committed(conversation: int, above: int) -> set[int]:
         return {row[0] for row in core.ask("SELECT id FROM message WHERE conversation_id = %s AND id > %s", conversation, above)}
 
+    @pytest.mark.parametrize("page", [Page(limit=5), Page(limit=5, before=(1 << 53) - 1), Page(limit=5, after=1)])
+    async def test_a_conversation_deleted_meanwhile_shows_no_part_of_itself(
+        self, settings, redis, log, user, shard, conversation, monkeypatch, page
+    ) -> None:
+        """The cached half of a page, read before the deletion, with nothing below it would look like a whole one."""
+        monkeypatch.setattr(settings, "cache_messages_max", 2)
+        for i in range(4):
+            await log.append(user, conversation, "user", str(i))
+        flush_shard(redis, settings, shard)
+        halves = core.Halves(log)
+        reading = await halves.start(read_history(log, user, conversation, page))
+        await log.delete(user, conversation)
+        flush_shard(redis, settings, shard)
+        with pytest.raises(NotFound):
+            await halves.finish(reading)
+
 
 class TestPaging:
     @pytest.mark.parametrize("direction", ["before", "after"])

@@ -62,6 +62,18 @@ class TestReplay:
         persist(redis, settings, shard, batch)
         assert core.ask("SELECT title FROM conversation") == [("named by a person",)]
 
+    async def test_a_replayed_beginning_of_the_log_does_not_bring_a_deleted_conversation_back(
+        self, settings, redis, log, user, shard, conversation
+    ) -> None:
+        await log.append(user, conversation, "user", "to be forgotten")
+        await log.rename(user, conversation, "this too")
+        batch, _ = persist(redis, settings, shard)
+        await log.delete(user, conversation)
+        flush_shard(redis, settings, shard)
+        persist(redis, settings, shard, batch)
+        assert core.ask("SELECT title FROM conversation WHERE deleted_at IS NOT NULL") == [(None,)]
+        assert core.contents(conversation) == []
+
     async def test_activity_is_the_latest_message_and_a_title_does_not_move_it(
         self, settings, redis, log, user, shard, conversation
     ) -> None:

@@ -121,6 +121,12 @@ class TestDurability:
         assert [name for name, one in found.items() if not one.ok] == [check]
         assert found[check].detail
 
+    @pytest.mark.parametrize(("used", "ok"), [(89, True), (90, False), (200, False)])
+    def test_memory_is_short_where_writes_begin_to_be_refused(self, used: int, ok: bool) -> None:
+        answers: list[Any] = [[name.encode(), value.encode()] for name, value in (DURABLE | {"maxmemory": "100"}).items()]
+        found = judge([*answers, b"loading:0\r\n", b"used_memory:%d\r\nmaxmemory:100\r\n" % used, b"role:master\r\n"])
+        assert {check.name: check.ok for check in found}["memory"] == ok
+
     def test_replica_is_no_place_to_write(self, settings: Settings, redis_url: str) -> None:
         with server_settings(redis_url) as admin:
             admin.replicaof("127.0.0.1", "1")

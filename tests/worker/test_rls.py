@@ -477,7 +477,7 @@ class TestWithoutFilters:
 
 def _look_everywhere(build: Filterless, user: int, conversation: int, message: int, key: str, created: str) -> dict[str, object]:
     """What each function of the build answers this user."""
-    page: dict[str, Any] = {"with_conversation": False, "look_beyond": True}
+    page: dict[str, Any] = {"look_beyond": True}
     return {
         "load_conversation": build.loading.load_conversation(conversation, user, 10, 10),
         "find_message": build.loading.find_message(conversation, user, message, 10),
