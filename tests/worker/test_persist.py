@@ -24,6 +24,13 @@ pytestmark = pytest.mark.anyio
 EMPTIED = True
 
 
+@pytest.fixture(params=["straight", "staged"], autouse=True)
+def way(request, monkeypatch) -> None:
+    """Both ways by which messages get in."""
+    if request.param == "staged":
+        monkeypatch.setattr("worker.persist.STRAIGHT_MAX", 0)
+
+
 def persist(redis, settings, shard, batch=None):
     """One batch without its trim: what a crash between the two leaves."""
     url = settings.database_url.get_secret_value()

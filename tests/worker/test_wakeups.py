@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from worker.broker import make_app
-from worker.wakeups import Wakeups, send_flush
+from worker.wakeups import PACE_SECONDS, Wakeups, send_flush
 
 EMPTIED = True
 
@@ -64,6 +64,15 @@ def test_a_shard_is_sent_once_after_the_delay(broker, wakeups) -> None:
     assert all(0.05 <= moment - started < 1 for _, moment in broker.sent)
     wakeups.ask(7)
     wait_for(lambda: len(broker.sent) == 3)
+
+
+def test_many_shards_are_sent_at_a_pace(broker, wakeups) -> None:
+    started = time.monotonic()
+    for shard in range(16):
+        wakeups.ask(shard)
+    wait_for(lambda: len(broker.sent) == 16)
+    assert broker.shards == list(range(16))
+    assert all(moment - started >= 0.05 + i * PACE_SECONDS for i, (_, moment) in enumerate(broker.sent))
 
 
 def test_asking_never_waits_for_the_broker(broker, wakeups) -> None:
