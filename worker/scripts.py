@@ -1,7 +1,7 @@
 """Runs the Lua scripts of `worker/lua/`: asynchronously for the API, synchronously for the worker.
 
-The API's calls of one turn of the event loop share one pipeline: under load that is one write and one read of the socket for many
-appends, and one fsync for all of them (a prototype did 1.2 times the throughput of one call each).
+The API's calls share one connection (`worker/multiplexed.py`), those of one turn of the event loop one write: under load that is one
+write and one read of the socket for many appends, and one fsync for all of them.
 
 A call is never repeated after a lost reply, because the outcome is unknown; only NOSCRIPT, which is an answer, is. redis-py's own retries
 are off (`worker/redis.py`): left on, one lost reply was seen to run a script four times.
@@ -13,7 +13,7 @@ import asyncio
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, Red
 from worker import keys
 from worker.codec import ENTRY_OVERHEAD_BYTES
 from worker.errors import BacklogFull, ChatkeepError, NotDurable, RedisUnavailable
+from worker.multiplexed import Command, Multiplexed
+from worker.redis import HEALTH_CHECK_SECONDS
 from worker.settings import SHARD_SLOTS
 
 log = structlog.get_logger(__name__)
@@ -67,7 +69,7 @@ def run(client: Redis, name: str, script_keys: Sequence[str], arguments: Sequenc
         raise translate(exc) from exc
 
 
-def translate(exc: Exception) -> ChatkeepError:
+def translate(exc: BaseException) -> ChatkeepError:
     """A driver's error in our words. Whatever Redis refuses to do because it could not keep it is `NotDurable`, not an outage."""
     text = str(exc)  # an error that a script met in a command has the script's words before it
     if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in text:
@@ -87,19 +89,25 @@ _PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
 
 @dataclass(slots=True)
 class _Call:
-    command: tuple[Argument, ...]
     name: str
+    rest: tuple[Argument, ...]
     answer: asyncio.Future[Any] = field(repr=False)
+
+    def command(self, *, with_source: bool = False) -> Command:
+        chosen = script(self.name)
+        return ("EVAL", chosen.source, *self.rest) if with_source else ("EVALSHA", chosen.sha, *self.rest)
 
 
 class AsyncScripts:
-    """Runs scripts on an asynchronous client, those of one turn of the event loop in one pipeline."""
+    """Runs scripts on a connection of its own, opened when it is first needed; those of one turn of the event loop in one write."""
 
     def __init__(self, client: AsyncRedis, timeout_seconds: float) -> None:
         self._client = client
         self._timeout_seconds = timeout_seconds
-        self._waiting: list[_Call] = []
-        self._running: set[asyncio.Task[None]] = set()
+        self._connection: Multiplexed | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._unsent: list[_Call] = []
+        self._sent: set[asyncio.Future[Any]] = set()
 
     async def run(self, name: str, script_keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
         """Runs a script and returns its raw answer.
@@ -108,50 +116,71 @@ class AsyncScripts:
         stop the script either: it only stops waiting.
         """
         loop = asyncio.get_running_loop()
-        call = _Call(("EVALSHA", script(name).sha, len(script_keys), *script_keys, *arguments), name, loop.create_future())
-        if not self._waiting:
+        call = _Call(name, (len(script_keys), *script_keys, *arguments), loop.create_future())
+        if not self._unsent:
             loop.call_soon(self._send)
-        self._waiting.append(call)
+        self._unsent.append(call)
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 return await call.answer
         except TimeoutError as exc:
+            if call.answer in self._sent and self._connection is not None:  # answers come in order: nobody behind it would get his in time
+                self._connection.abort()
             raise RedisUnavailable() from exc
 
     async def close(self) -> None:
-        """Waits for what is under way (each has its own time-out)."""
-        await asyncio.gather(*self._running, return_exceptions=True)
+        """Waits for what is under way (each has its own time-out), then closes the connection."""
+        if self._opening is not None:
+            await asyncio.wait({self._opening}, timeout=self._timeout_seconds)
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._sent:
+            await asyncio.wait(self._sent, timeout=self._timeout_seconds)
+        if self._connection is not None:
+            self._connection.abort()
 
     def _send(self) -> None:
-        calls, self._waiting = self._waiting, []
-        task = asyncio.get_running_loop().create_task(self._execute(calls))
-        self._running.add(task)
-        task.add_done_callback(self._running.discard)
+        connection = self._connection
+        if connection is not None and not connection.lost and connection.idle_seconds < HEALTH_CHECK_SECONDS:
+            self._send_on(connection)
+        elif self._opening is None:
+            self._opening = asyncio.get_running_loop().create_task(self._open())
 
-    async def _execute(self, calls: list[_Call]) -> None:
+    def _send_on(self, connection: Multiplexed) -> None:
+        calls, self._unsent = self._unsent, []
+        calls = [call for call in calls if not call.answer.done()]  # the others were given up before anything was sent
+        self._sent.update(call.answer for call in calls)
+        connection.send((call.command(), partial(self._answered, connection, call)) for call in calls)
+
+    def _answered(self, connection: Multiplexed, call: _Call, answer: Any) -> None:
+        if isinstance(answer, ResponseError) and str(answer).startswith("NOSCRIPT"):
+            # Redis was restarted: EVAL brings the source along, and the server remembers it.
+            connection.send([(call.command(with_source=True), partial(self._answered, connection, call))])
+            return
+        self._sent.discard(call.answer)
+        _settle(call.answer, answer)
+
+    async def _open(self) -> None:
+        """Finds out whether a connection that was idle still works, or opens another; then sends what has gathered."""
         try:
-            answers = await self._pipeline([call.command for call in calls])
-            unknown = [i for i, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
-            if unknown:  # Redis was restarted: EVAL brings the source along, and the server remembers it
-                again = await self._pipeline([("EVAL", script(calls[i].name).source, *calls[i].command[2:]) for i in unknown])
-                for i, answer in zip(unknown, again, strict=True):
-                    answers[i] = answer
-        except (RedisError, OSError) as exc:
-            answers = [exc] * len(calls)
-        for call, answer in zip(calls, answers, strict=True):
-            _settle(call.answer, answer)
-
-    async def _pipeline(self, commands: list[tuple[Argument, ...]]) -> list[Any]:
-        async with self._client.pipeline(transaction=False) as pipeline:
-            for command in commands:
-                pipeline.execute_command(*command)
-            return await pipeline.execute(raise_on_error=False)
+            kept = self._connection
+            if kept is None or kept.lost or not await kept.ping(self._timeout_seconds):
+                if kept is not None:
+                    kept.abort()
+                self._connection = kept = await Multiplexed.open(self._client)
+            self._send_on(kept)
+        except (RedisError, OSError, asyncio.CancelledError) as exc:  # the last: `close` has waited long enough
+            calls, self._unsent = self._unsent, []
+            for call in calls:
+                _settle(call.answer, exc)
+        finally:
+            self._opening = None
 
 
 def _settle(answer: asyncio.Future[Any], value: Any) -> None:
     if answer.done():  # the caller gave up
         return
-    if isinstance(value, Exception):
+    if isinstance(value, BaseException):
         error = translate(value)
         error.__cause__ = value
         answer.set_exception(error)

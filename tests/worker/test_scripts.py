@@ -1,0 +1,218 @@
+"""Scripts on a shared connection: everybody gets the own answer or none, whatever happens to the connection."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import hiredis
+import pytest
+from pydantic import SecretStr
+
+from worker import scripts
+from worker.errors import RedisUnavailable
+from worker.redis import connect
+from worker.scripts import AsyncScripts
+
+pytestmark = pytest.mark.anyio
+EMPTIED = True
+
+Handler = Callable[["Peer", list[bytes]], Awaitable[None]]
+
+
+@dataclass
+class Peer:
+    """The server's end of one connection."""
+
+    writer: asyncio.StreamWriter
+    commands: list[list[bytes]] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def server(handle: Handler) -> AsyncIterator[tuple[str, list[Peer]]]:
+    """A server that answers what a test says; its address, and the connections that came."""
+    peers: list[Peer] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer, parser = Peer(writer), hiredis.Reader()
+        peers.append(peer)
+        with suppress(ConnectionError):
+            while data := await reader.read(1 << 16):
+                parser.feed(data)
+                while (command := parser.gets()) is not False:
+                    if command[0] in (b"CLIENT", b"SELECT"):
+                        writer.write(b"+OK\r\n")
+                    elif command[0] == b"PING" and not peer.commands:  # redis-py's, when it has connected
+                        writer.write(b"+PONG\r\n")
+                    else:
+                        peer.commands.append(command)
+                        await handle(peer, command)
+        writer.close()
+
+    listening = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}/0", peers
+    finally:
+        listening.close()
+        for peer in peers:
+            peer.writer.close()
+
+
+@asynccontextmanager
+async def scripts_on(settings, url: str, seconds: float = 5) -> AsyncIterator[AsyncScripts]:
+    client = connect(settings.model_copy(update={"redis_url": SecretStr(url)}))
+    made = AsyncScripts(client, seconds)
+    yield made
+    await made.close()
+    await client.aclose()
+
+
+async def say_which(peer: Peer, command: list[bytes]) -> None:
+    """Answers with the last argument."""
+    peer.writer.write(b"$%d\r\n%s\r\n" % (len(command[-1]), command[-1]) if command[0] != b"PING" else b"+PONG\r\n")
+
+
+async def test_each_caller_gets_the_own_answer(settings) -> None:
+    async with server(say_which) as (url, peers), scripts_on(settings, url) as running:
+        for _ in range(3):
+            answers = await asyncio.gather(*(running.run("read", ["k"], [str(n)]) for n in range(200)))
+            assert answers == [str(n).encode() for n in range(200)]
+        assert len(peers) == 1
+
+
+async def test_calls_of_one_turn_leave_in_one_write(settings, monkeypatch) -> None:
+    writes = []
+    async with server(say_which) as (url, _), scripts_on(settings, url) as running:
+        await running.run("read", ["k"], ["first"])
+        transport = running._connection._transport
+
+        class Counted:
+            def write(self, data: bytes) -> None:
+                writes.append(data)
+                transport.write(data)
+
+            def abort(self) -> None:
+                transport.abort()
+
+        running._connection._transport = Counted()
+        await asyncio.gather(*(running.run("read", ["k"], [str(n)]) for n in range(50)))
+    assert len(writes) == 1
+
+
+async def test_a_late_answer_reaches_nobody_else(settings) -> None:
+    """The one who gave up leaves a gap in the order: the next caller must not get his answer."""
+    late = asyncio.Event()
+
+    async def handle(peer: Peer, command: list[bytes]) -> None:
+        if command[-1] == b"slow":
+            await late.wait()
+        await say_which(peer, command)
+
+    async with server(handle) as (url, peers), scripts_on(settings, url, seconds=0.2) as running:
+        slow = asyncio.create_task(running.run("read", ["k"], ["slow"]))
+        await asyncio.sleep(0.05)
+        behind = asyncio.create_task(running.run("read", ["k"], ["behind"]))
+        for call in (slow, behind):
+            with pytest.raises(RedisUnavailable):
+                await call
+        late.set()
+        assert await running.run("read", ["k"], ["next"]) == b"next"
+        assert len(peers) == 2
+
+
+async def test_a_caller_who_hangs_up_takes_no_answer_along(settings) -> None:
+    go_on = asyncio.Event()
+
+    async def handle(peer: Peer, command: list[bytes]) -> None:
+        await go_on.wait()
+        await say_which(peer, command)
+
+    async with server(handle) as (url, peers), scripts_on(settings, url) as running:
+        calls = [asyncio.create_task(running.run("read", ["k"], [str(n)])) for n in range(10)]
+        await asyncio.sleep(0.05)
+        for call in calls[::2]:
+            call.cancel()
+        go_on.set()
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert answers[1::2] == [b"1", b"3", b"5", b"7", b"9"]
+        assert {type(answer) for answer in answers[::2]} == {asyncio.CancelledError}
+        assert len(peers) == 1, "and the connection is still good"
+
+
+async def test_what_was_given_up_before_it_was_sent_is_not_sent(settings) -> None:
+    async with server(say_which) as (url, peers), scripts_on(settings, url) as running:
+        gone = asyncio.create_task(running.run("read", ["k"], ["gone"]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert await running.run("read", ["k"], ["here"]) == b"here"
+        assert [command[-1] for command in peers[0].commands] == [b"here"]
+
+
+async def test_a_lost_connection_tells_all_who_wait_and_nothing_is_repeated(settings) -> None:
+    async def handle(peer: Peer, command: list[bytes]) -> None:
+        if command[-1] == b"9":
+            peer.writer.transport.abort()
+        elif command[-1] == b"after":
+            await say_which(peer, command)
+
+    async with server(handle) as (url, peers), scripts_on(settings, url) as running:
+        async with asyncio.timeout(2):
+            answers = await asyncio.gather(*(running.run("read", ["k"], [str(n)]) for n in range(10)), return_exceptions=True)
+        assert {type(answer) for answer in answers} == {RedisUnavailable}
+        assert await running.run("read", ["k"], ["after"]) == b"after"
+        assert [len(peer.commands) for peer in peers] == [10, 1]
+
+
+@pytest.mark.parametrize("noise", [b"what is this\r\n", b"+one\r\n+too many\r\n"])
+async def test_answers_that_cannot_be_told_apart_end_the_connection(settings, noise: bytes) -> None:
+    async def handle(peer: Peer, command: list[bytes]) -> None:
+        peer.writer.write(noise) if len(peers) == 1 else await say_which(peer, command)
+
+    async with server(handle) as (url, peers), scripts_on(settings, url) as running:
+        first = asyncio.gather(running.run("read", ["k"], ["x"]), return_exceptions=True)
+        assert (await first)[0] == b"one" or isinstance((await first)[0], RedisUnavailable)
+        async with asyncio.timeout(2):
+            while not running._connection.lost:
+                await asyncio.sleep(0.01)
+        assert await running.run("read", ["k"], ["y"]) == b"y"
+
+
+async def test_a_connection_that_was_idle_is_asked_before_it_is_used(settings, monkeypatch) -> None:
+    """Cut silently, it would take a write along, and nobody would know whether it was done."""
+    monkeypatch.setattr(scripts, "HEALTH_CHECK_SECONDS", 0)
+    silent = False
+
+    async def handle(peer: Peer, command: list[bytes]) -> None:
+        if not (silent and peer is peers[0]):
+            await say_which(peer, command)
+
+    async with server(handle) as (url, peers), scripts_on(settings, url, seconds=0.3) as running:
+        assert await running.run("read", ["k"], ["a"]) == b"a"
+        assert await running.run("read", ["k"], ["b"]) == b"b"
+        silent = True
+        with pytest.raises(RedisUnavailable):
+            await running.run("read", ["k"], ["write"])
+        assert [command[0] for command in peers[0].commands] == [b"EVALSHA", b"PING", b"EVALSHA", b"PING"]
+        assert await running.run("read", ["k"], ["c"]) == b"c"
+        assert len(peers) == 2
+
+
+async def test_a_server_that_has_forgotten_a_script_gets_it_again(settings, redis) -> None:
+    redis.script_flush()
+    async with scripts_on(settings, settings.redis_url.get_secret_value()) as running:
+        assert await asyncio.gather(*(running.run("lease", ["ck:{s00}:load:1"], ["token", 1000]) for _ in range(5)))
+
+
+async def test_close_is_bounded_and_leaves_no_connection(settings) -> None:
+    async def handle(peer: Peer, command: list[bytes]) -> None: ...
+
+    async with server(handle) as (url, _), scripts_on(settings, url, seconds=0.2) as running:
+        call = asyncio.create_task(running.run("read", ["k"], ["x"]))
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(1):
+            await running.close()
+        with pytest.raises(RedisUnavailable):
+            await call
+        assert running._connection.lost
