@@ -9,14 +9,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.schemas import MESSAGE_CHARS_MAX
 
+Header = tuple[bytes, bytes]
+
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify"
 )
 """The page takes HTML from DOMPurify only, even from its own scripts; FastAPI's `/docs`, which loads from elsewhere, has no policy."""
-_ALWAYS = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY")]
-_API = [*_ALWAYS, (b"cache-control", b"no-store")]
-_PAGE = [*_ALWAYS, (b"cache-control", b"no-cache"), (b"content-security-policy", PAGE_POLICY.encode())]
+_ALWAYS: tuple[Header, ...] = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"))
+_ON_PAGE = (*_ALWAYS, (b"content-security-policy", PAGE_POLICY.encode()))
+_API_CACHING, _PAGE_CACHING = (b"cache-control", b"no-store"), (b"cache-control", b"no-cache")
 
 
 class SafetyHeaders:
@@ -30,13 +32,17 @@ class SafetyHeaders:
             await self.app(scope, receive, send)
             return
         path: str = scope["path"]
-        added = _API if path.startswith("/api/") else _PAGE if path == "/" or path.startswith(("/c/", "/static/")) else _ALWAYS
+        added, caching = _ALWAYS, None
+        if path.startswith("/api/"):
+            caching = _API_CACHING
+        elif path == "/" or path.startswith(("/c/", "/static/")):
+            added, caching = _ON_PAGE, _PAGE_CACHING
 
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = message["headers"] = list(message.get("headers", ()))
-                has_own = any(name == b"cache-control" for name, _ in headers)
-                headers += [header for header in added if not (has_own and header[0] == b"cache-control")]
+                headers = message["headers"] = [*message.get("headers", ()), *added]
+                if caching and all(name != b"cache-control" for name, _ in headers):
+                    headers.append(caching)
             await send(message)
 
         await self.app(scope, receive, with_headers)

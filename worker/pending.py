@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import structlog
 from redis import Redis
@@ -536,8 +536,7 @@ def _state(number: int, user_id: int, row: Sequence[Any]) -> ConversationState |
 # The worker's side
 
 
-@dataclass(frozen=True, slots=True)
-class RawEntry:
+class RawEntry(NamedTuple):
     """An entry of the log as it lies there; `size` is what it counts for in the backlog."""
 
     id: bytes
