@@ -61,7 +61,7 @@ class Multiplexed(asyncio.Protocol):
             packed.append(hiredis.pack_command(command))  # type: ignore[arg-type]  # its stub says a tuple of one
             self._waiting.append(answered)
         self._used_at = time.monotonic()
-        if self.lost:
+        if self.lost or self._transport.is_closing():  # uvloop raises RuntimeError where asyncio would only drop what is written
             self._fail()
         else:
             self._transport.write(b"".join(packed))
