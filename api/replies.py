@@ -57,20 +57,29 @@ def responder(settings: Settings) -> Responder:
 
 async def _storable(pieces: AsyncGenerator[str, None], chars_max: int) -> AsyncGenerator[str, None]:
     """The pieces without what Postgres would not take, not longer than a message may be, and not only white space."""
-    length, half, blank = 0, "", True
+    room, half, blank = chars_max, "", True
     async with aclosing(pieces):
         async for piece in pieces:
             text = half + piece
             half = text[-1] if text and "\ud800" <= text[-1] <= "\udbff" else ""  # its other half comes with the next piece
-            text = insertable(text[:-1] if half else text)[: chars_max - length]
-            if not text:
-                continue
-            length, blank = length + len(text), blank and text.isspace()
-            yield text
-            if length >= chars_max:
-                break
+            text = insertable(text[:-1] if half else text)
+            if fits := text[:room]:
+                blank = blank and fits.isspace()
+                yield fits
+            if len(text) > room:
+                raise ReplyFailed(f"The reply was cut at {chars_max} characters.")
+            room -= len(text)
     if blank:
         raise ReplyFailed()
+
+
+_BROKE_OFF = "The model broke off. What it had said is kept; send another message to go on."
+_CUT = {
+    "": _BROKE_OFF,
+    "length": "The model reached its own limit. What it had said is kept; send another message to go on.",
+    "content_filter": "The model's filter cut the reply. What it had said is kept.",
+}
+"""How a reply can end that is not whole."""
 
 
 # --- a model --------------------------------------------------------------------------------------------------------------------
@@ -110,7 +119,7 @@ class OpenAIResponder:
         await self._client.close()
 
     async def _pieces(self, turns: Sequence[Turn]) -> AsyncGenerator[str, None]:
-        until = time.monotonic() + self._seconds
+        until, ended, begun = time.monotonic() + self._seconds, "", False
         messages: Any = [{"role": turn.role, "content": turn.content} for turn in turns]
         answer = None
         try:
@@ -121,15 +130,26 @@ class OpenAIResponder:
                 async with asyncio.timeout(until - time.monotonic()):  # not around the whole: the reader's time is its own
                     chunk = await anext(chunks, None)
                 if chunk is None:
-                    return
+                    break
+                ended = _ended(chunk) or ended
                 if text := _text(chunk):
+                    begun = True
                     yield text
         except self._failures as exc:
             log.warning("reply failed", error=type(exc).__name__, status=getattr(exc, "status_code", None))
-            raise ReplyFailed() from exc
+            raise ReplyFailed(_BROKE_OFF if begun else None) from exc
         finally:
             if answer is not None:
                 await answer.close()
+        if ended in _CUT:  # without any reason, the connection ended before the reply did, and nothing else would tell
+            log.warning("reply failed", reason=ended or "no end")
+            raise ReplyFailed(_CUT[ended] if begun else None)
+
+
+def _ended(chunk: Any) -> str:
+    """Why the reply ends here, if it does."""
+    reason = chunk.choices[0].finish_reason if chunk.choices else None
+    return reason if isinstance(reason, str) else ""
 
 
 def _text(chunk: Any) -> str:

@@ -315,15 +315,15 @@ def slow_model() -> Iterator[SlowModel]:
                 self._say({"content": "Once "})
                 model.asked.set()
                 model.go_on.wait(START_SECONDS)
-                self._say({"content": "upon a time."})
+                self._say({"content": "upon a time."}, "stop")
                 self.wfile.write(b"data: [DONE]\n\n")
             except (BrokenPipeError, ConnectionResetError):  # who asked was killed: that is what the test is about
                 return
 
-        def _say(self, delta: dict[str, str]) -> None:
+        def _say(self, delta: dict[str, str], finish: str | None = None) -> None:
             chunk = {
                 **{"id": "1", "object": "chat.completion.chunk", "created": int(time.time()), "model": "slow"},
-                "choices": [{"index": 0, "delta": delta, "finish_reason": None}],
+                "choices": [{"index": 0, "delta": delta, "finish_reason": finish}],
             }
             self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
             self.wfile.flush()

@@ -27,6 +27,7 @@ from worker.text import check_text
 KEY = "sk-very-secret-key"
 PROMPT = "something-private"
 TURNS = [Turn("user", PROMPT)]
+BROKE_OFF = "The model broke off. What it had said is kept; send another message to go on."
 
 
 @pytest.fixture
@@ -138,18 +139,18 @@ class TestRules:
         assert "".join(pieces) == OfflineResponder().reply([Turn("user", "hello")])
 
 
-def event(content: Any) -> bytes:
+def event(content: Any, finish: str | None = None) -> bytes:
     chunk = {
         "id": "1",
         "object": "chat.completion.chunk",
         "created": 1,
         "model": "m",
-        "choices": [{"index": 0, "delta": {"content": content}}],
+        "choices": [{"index": 0, "delta": {"content": content}, "finish_reason": finish}],
     }
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
-DONE = b"data: [DONE]\n\n"
+DONE = event(None, "stop") + b"data: [DONE]\n\n"
 
 
 class TestModel:
@@ -202,8 +203,21 @@ class TestModel:
     def test_character_that_is_cut_in_two_is_put_together(self, settings: Settings) -> None:
         assert "".join(collect(self._replying(settings, event("x\ud83d"), event("\ude00y"), DONE))) == "x😀y"
 
-    def test_ends_where_a_message_ends(self, settings: Settings) -> None:
-        assert "".join(collect(self._replying(settings, *[event("12345")] * 10, DONE, message_chars_max=12))) == "123451234512"
+    def test_is_cut_where_a_message_ends_and_says_so(self, settings: Settings) -> None:
+        pieces, told = _until_failure(self._replying(settings, *[event("12345")] * 10, DONE, message_chars_max=12))
+        assert "".join(pieces) == "123451234512"
+        assert told == "The reply was cut at 12 characters."
+        assert "".join(collect(self._replying(settings, event("12345"), event("67"), DONE, message_chars_max=7))) == "1234567"
+
+    @pytest.mark.parametrize(
+        ("end", "why"), [(b"", "broke off"), (event(None, "length"), "its own limit"), (event("", "content_filter"), "filter")]
+    )
+    def test_what_the_model_did_not_end_is_not_whole(self, settings: Settings, end: bytes, why: str) -> None:
+        """A connection that is closed in the middle looks like an end to HTTP/1.0, and to proxies."""
+        pieces, told = _until_failure(self._replying(settings, event("so far"), end))
+        assert pieces == ["so far"]
+        assert told
+        assert why in told
 
     @pytest.mark.parametrize(
         "events",
@@ -234,7 +248,7 @@ class TestModel:
     @pytest.mark.parametrize("broken", [b"data: {not json\n\n", b'data: {"error": {"message": "overloaded"}}\n\n'])
     def test_trouble_half_way_is_a_failure_after_what_there_was(self, settings: Settings, broken: bytes) -> None:
         pieces, failed = _until_failure(self._replying(settings, event("so far"), broken))
-        assert (pieces, failed) == (["so far"], True)
+        assert (pieces, failed) == (["so far"], BROKE_OFF)
 
     def test_connection_that_breaks_is_a_failure(self, settings: Settings) -> None:
         async def body() -> Any:
@@ -242,7 +256,7 @@ class TestModel:
             raise httpx2.ReadError("cut")
 
         model = self._model(settings, lambda _: httpx2.Response(200, headers={"Content-Type": "text/event-stream"}, content=body()))
-        assert _until_failure(model) == (["so far"], True)
+        assert _until_failure(model) == (["so far"], BROKE_OFF)
 
     def test_silent_model_is_given_up(self, settings: Settings) -> None:
         async def body() -> Any:
@@ -251,7 +265,7 @@ class TestModel:
 
         model = self._model(settings, lambda _: httpx2.Response(200, headers={"Content-Type": "text/event-stream"}, content=body()))
         started = time.monotonic()
-        assert _until_failure(model) == (["so far"], True)
+        assert _until_failure(model) == (["so far"], BROKE_OFF)
         assert time.monotonic() - started < 3
 
     def test_reader_that_leaves_closes_the_connection(self, settings: Settings) -> None:
@@ -276,14 +290,16 @@ class TestModel:
         asyncio.run(leave())
 
 
-def _until_failure(source: Responder) -> tuple[list[str], bool]:
-    async def read() -> tuple[list[str], bool]:
+def _until_failure(source: Responder) -> tuple[list[str], str | None]:
+    """What came, and why it ended if it failed."""
+
+    async def read() -> tuple[list[str], str | None]:
         pieces: list[str] = []
         try:
             async for piece in source.stream(TURNS):
                 pieces.append(piece)
-        except ReplyFailed:
-            return pieces, True
-        return pieces, False
+        except ReplyFailed as exc:
+            return pieces, exc.detail
+        return pieces, None
 
     return asyncio.run(read())
