@@ -38,6 +38,11 @@ def answer(n: int = 42) -> str:
 | a | b |
 | --- | --- |
 | 1 | 2 |'''
+EDGE = """(name) => {
+    const box = document.querySelector(name);
+    return [getComputedStyle(box).borderTopColor, getComputedStyle(box).backgroundColor];
+}"""
+"""The colours of a field's outline and of the field."""
 VIEWS = [
     pytest.param({"viewport": WIDE, "color_scheme": "light"}, id="wide-light"),
     pytest.param({"viewport": WIDE, "color_scheme": "dark"}, id="wide-dark"),
@@ -125,13 +130,46 @@ def test_chosen_theme_is_kept(chat: ChatPage) -> None:
 
 
 def test_nothing_moves_for_those_who_asked_for_it(new_chat_page: NewPage, model: Model) -> None:
-    chat = new_chat_page(reduced_motion="reduce")
+    chat = new_chat_page(reduced_motion="reduce", viewport=NARROW, has_touch=True)
+    chat.page.get_by_role("button", name="Open conversations").click()
+    assert chat.page.evaluate("document.getAnimations().length") == 0
+    expect(chat.row("nothing")).to_have_count(0)
+    chat.page.keyboard.press("Escape")
     gate = Gate()
     model.will_say("Slowly ", gate)
     chat.say("Go")
     expect(chat.replies).to_contain_text("Slowly")
     assert chat.page.evaluate("document.getAnimations().length") == 0
     gate.open()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_outlines_of_what_one_writes_in_are_seen(new_context: Any, new_chat_page: NewPage, scheme: str) -> None:
+    """3:1 for the edges of fields and for the mark of the open chat (WCAG 1.4.11); axe looks at text only."""
+    stranger = new_context(color_scheme=scheme).new_page()
+    stranger.goto("/")
+    chat = new_chat_page(color_scheme=scheme)
+    chat.talk("Mark me")
+    seen = [
+        *(stranger.evaluate(EDGE, name) for name in ("#email", "#password")),
+        *(chat.page.evaluate(EDGE, name) for name in ("#composer", "#search")),
+    ]
+    chat.page.get_by_role("searchbox").focus()
+    seen[-1] = chat.page.evaluate(EDGE, "#search")
+    bar = "getComputedStyle(document.querySelector('#conversations [aria-current]').parentElement, '::before').backgroundColor"
+    seen.append([chat.page.evaluate(bar), chat.page.evaluate("getComputedStyle(document.getElementById('sidebar')).backgroundColor")])
+    assert [pair for pair in seen if contrast(*pair) < 3] == []
+
+
+def contrast(one: str, other: str) -> float:
+    """Of two colours as a browser computes them, after WCAG."""
+    lights = sorted(_light([int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]) for colour in (one, other))
+    return (lights[1] + 0.05) / (lights[0] + 0.05)
+
+
+def _light(parts: list[float]) -> float:
+    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def test_vendored_files_are_what_the_list_says() -> None:

@@ -77,6 +77,25 @@ def test_message_sent_offline_goes_out_once(chat: ChatPage) -> None:
     assert chat.page.evaluate("Object.keys(localStorage).filter((name) => name.includes(':outbox:')).length") == 0
 
 
+def test_what_was_written_offline_outlives_its_page_and_goes_out_with_its_key(chat: ChatPage) -> None:
+    chat.talk("Online")
+    path = f"/c/{chat.conversation_id}"
+    chat.context.set_offline(True)
+    chat.say("One")
+    chat.say("Two")
+    expect(chat.mine.nth(2)).to_have_attribute("data-state", "waiting")
+    names = chat.page.evaluate("Object.keys(localStorage).filter((name) => name.includes(':outbox:'))")
+    chat.page.close()
+    chat.context.set_offline(False)
+    page, sent = chat.context.new_page(), []
+    page.on("request", lambda request: sent.append(request.headers.get("idempotency-key")) if request.method == "POST" else None)
+    again = ChatPage(page)
+    again.open(path)
+    again.finished(2, "You said: Two")
+    assert again.texts() == ["Online", "You said: Online", "One", "You said: One", "Two", "You said: Two"]
+    assert sorted(sent) == sorted(name.rpartition(":")[2] for name in names)
+
+
 def test_new_chat_begun_offline_survives_a_lost_answer_and_a_reload(chat: ChatPage) -> None:
     lost = 0
 
@@ -133,6 +152,51 @@ def test_message_that_is_refused_can_be_edited(chat: ChatPage) -> None:
     chat.box.fill("Shorter")
     chat.box.press("Enter")
     chat.finished(0, "You said: Shorter")
+
+
+def test_refused_message_is_tried_again_with_its_key(chat: ChatPage) -> None:
+    chat.talk("Taken")
+    keys: list[str] = []
+
+    def refuse(route: Route) -> None:
+        keys.append(route.request.headers["idempotency-key"])
+        route.fulfill(status=413, json={"type": "about:blank", "title": "Too large", "status": 413, "detail": "Not today."})
+
+    chat.page.route(re.compile("/message$"), refuse)
+    chat.say("Refused at first")
+    expect(chat.mine.nth(1)).to_have_attribute("data-state", "failed")
+    expect(chat.mine.nth(1)).to_contain_text("Not today.")
+    chat.page.unroute(re.compile("/message$"))
+    chat.page.reload()
+    expect(chat.mine.nth(1)).to_have_attribute("data-state", "failed")  # it is not forgotten
+    with chat.page.expect_request(re.compile("/message$")) as request:
+        chat.mine.nth(1).get_by_role("button", name="Retry").click()
+    chat.finished(1, "You said: Refused at first")
+    assert [request.value.headers["idempotency-key"]] == keys
+
+
+def test_history_that_cannot_be_loaded_now_comes_by_itself(chat: ChatPage) -> None:
+    conversation = chat.fill([("user", f"Line {number}. " + "word " * 30) for number in range(80)])
+    refusals = 2
+
+    def refuse(route: Route) -> None:
+        nonlocal refusals
+        refusals -= 1
+        if refusals < 0:
+            return route.continue_()
+        return route.fulfill(status=503, headers={"Retry-After": "2"}, json={"type": "about:blank", "status": 503, "detail": "Away."})
+
+    chat.page.route(re.compile(r"/messages\?limit"), refuse)
+    chat.page.route(re.compile("before="), lambda route: route.abort())
+    chat.open(f"/c/{conversation}")
+    expect(chat.log).to_contain_text("This chat cannot be loaded right now.")
+    expect(chat.messages).to_have_count(50)
+    chat.log.evaluate("log => { log.scrollTop = 0; }")
+    again = chat.page.get_by_role("button", name="Older messages could not be loaded. Try again")
+    expect(again).to_be_visible()
+    chat.page.unroute(re.compile("before="))
+    again.click()
+    expect(chat.messages).to_have_count(80)
 
 
 def test_session_that_ends_asks_to_sign_in_and_loses_nothing(chat: ChatPage) -> None:

@@ -135,6 +135,18 @@ class TestWhileItIsWritten:
         chat.finished(0, "You said: Are you well?")
         assert chat.texts() == ["Are you well?", "You said: Are you well?"]
 
+    def test_reply_that_breaks_off_says_why_and_can_be_tried_again(self, chat: ChatPage, model: Model) -> None:
+        model.will_say(*words("Half of it"), Failure())
+        chat.say("Tell me all")
+        expect(chat.replies.first).to_contain_text("Cut short")
+        expect(chat.strip).to_contain_text("The model broke off. What it had said is kept")
+        chat.page.reload()
+        expect(chat.replies.first).to_contain_text("Cut short")
+        chat.replies.get_by_role("button", name="Try again").click()
+        chat.finished(1, "You said: Tell me all")
+        assert chat.texts() == ["Tell me all", "Half of it", "Tell me all", "You said: Tell me all"]
+        expect(chat.page.get_by_role("button", name="Try again")).to_have_count(0)
+
     def test_nothing_moves_while_it_is_written(self, chat: ChatPage, model: Model) -> None:
         chat.page.evaluate(WATCH_SHIFTS)
         text = "Some **bold** words.\n\n- one\n- two\n\n```python\nprint('hello')\n```\n\n" + LONG
@@ -204,6 +216,45 @@ class TestElsewhere:
         for tab in (chat, other):
             expect(tab.row("Bees")).to_have_count(0)
         expect(chat.messages).to_have_count(0)
+
+    def test_words_outlive_a_chat_that_is_deleted_elsewhere(self, chat: ChatPage, model: Model) -> None:
+        gate = Gate()
+        model.will_say("Yes ", gate)
+        chat.say("A chat that goes")
+        gate.wait_until_reached()
+        chat.say("Said meanwhile")
+        expect(chat.mine.nth(1)).to_have_attribute("data-state", "waiting")
+        chat.box.fill("and half a thought")
+        chat.api("DELETE", f"/api/conversations/{chat.conversation_id}")
+        expect(chat.strip).to_contain_text("This chat was deleted.")
+        expect(chat.box).to_have_value("Said meanwhile\n\nand half a thought")
+        expect(chat.messages).to_have_count(0)
+        gate.open()
+
+    def test_chat_that_was_deleted_while_offline(self, chat: ChatPage, new_chat_page: NewPage) -> None:
+        chat.talk("Soon gone")
+        conversation = chat.conversation_id
+        phone = new_chat_page(chat.context)
+        chat.page.route("**/api/events", lambda route: route.abort())  # its event is missed
+        chat.page.reload()
+        expect(chat.messages).to_have_count(2)
+        phone.api("DELETE", f"/api/conversations/{conversation}")
+        expect(chat.messages).to_have_count(0)
+        expect(chat.row("Soon gone")).to_have_count(0)
+
+    def test_new_message_from_elsewhere_while_one_reads_further_up(self, chat: ChatPage) -> None:
+        conversation = chat.fill([("user", LONG), ("assistant", LONG)] * 3)
+        chat.open(f"/c/{conversation}")
+        expect(chat.messages).to_have_count(6)
+        chat.log.hover()
+        chat.page.mouse.wheel(0, -2000)
+        expect(chat.page.get_by_role("button", name="Latest")).to_be_visible()
+        before = chat.log.evaluate("log => log.scrollTop")
+        chat.api("POST", f"/api/conversations/{conversation}/messages", data={"role": "user", "content": "From afar"})
+        chat.page.get_by_role("button", name="New messages").click()
+        expect(chat.mine.last).to_contain_text("From afar")
+        expect(chat.mine.last).to_be_in_viewport()
+        assert before < chat.log.evaluate("log => log.scrollTop")
 
     def test_signing_out_signs_out_the_other_tab(self, chat: ChatPage, new_chat_page: NewPage) -> None:
         other = new_chat_page(chat.context)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime, timedelta
 
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 
 from tests.browser.chromium import NARROW
 from tests.browser.conftest import NewPage
-from tests.browser.model import Gate, Model
-from tests.browser.page import ChatPage
+from tests.browser.model import Failure, Gate, Model
+from tests.browser.page import PASSWORD, ChatPage
+from tests.browser.stack import Stack
+from tests.people import until
 
 
 class TestList:
@@ -37,6 +40,34 @@ class TestList:
         expect(rows).to_have_count(70)
         chat.api("POST", f"/api/conversations/{ids[0]}/messages", data={"role": "user", "content": "Awake again"})
         expect(rows.first).to_have_text("Chat 0")
+
+    def test_groups(self, new_chat_page: NewPage, stack: Stack) -> None:
+        chat = new_chat_page(timezone_id="UTC")
+        noon = datetime.now(UTC).replace(hour=0, minute=0, second=1)
+        for days in (0, 1, 2, 6, 45, 46, 110):
+            stack.store(chat.user_id, f"{days} days ago", [(noon - timedelta(days=days), "user", "Something")])
+        chat.page.reload()
+        expect(chat.conversations.get_by_role("link")).to_have_count(7)
+        groups = chat.conversations.locator("section").evaluate_all(
+            "all => all.map((one) => [one.querySelector('h2').textContent, [...one.querySelectorAll('a')].map((a) => a.textContent)])"
+        )
+        expected: dict[str, list[str]] = {}
+        for days in (0, 1, 2, 6, 45, 46, 110):
+            group = {0: "Today", 1: "Yesterday", 2: "Last 7 days", 6: "Last 7 days"}.get(days) or f"{noon - timedelta(days=days):%B %Y}"
+            expected.setdefault(group, []).append(f"{days} days ago")
+        assert groups == [[name, titles] for name, titles in expected.items()]
+
+    def test_open_one_stays_in_the_list_however_old_it_is(self, chat: ChatPage) -> None:
+        oldest = chat.fill([("user", "The oldest of all")])
+        for number in range(52):
+            chat.fill([], title=f"Chat {number}")
+        chat.page.route("**/api/events", lambda route: route.abort())
+        chat.open(f"/c/{oldest}")
+        expect(chat.row("The oldest of all")).to_have_attribute("aria-current", "page")
+        for _ in range(2):  # without events, the list is read again and again
+            with chat.page.expect_event("requestfinished", lambda request: "conversations/?limit" in request.url):
+                pass
+        expect(chat.row("The oldest of all")).to_have_attribute("aria-current", "page")
 
     def test_rename(self, chat: ChatPage) -> None:
         chat.talk("A first title")
@@ -67,6 +98,34 @@ class TestList:
         expect(chat.page.get_by_role("button", name="Undo")).to_be_hidden()
         expect(chat.row("Keep me after all")).to_have_count(0)
         chat.page.wait_for_function(f"async () => (await fetch('/api/conversations/{conversation}')).status === 404")
+
+    def test_undo_holds_although_a_second_tab_opens(self, chat: ChatPage, new_chat_page: NewPage) -> None:
+        conversation = chat.fill([("user", "Keep me")])
+        chat.row("Keep me").press("Delete")
+        other = new_chat_page(chat.context)
+        expect(other.conversations).to_contain_text("Your chats will be listed here.")
+        chat.page.get_by_role("button", name="Undo").click()
+        for tab in (chat, other):
+            expect(tab.row("Keep me")).to_be_visible()
+        assert chat.api("GET", f"/api/conversations/{conversation}")["title"] == "Keep me"
+
+    def test_closing_the_page_settles_a_deletion(self, chat: ChatPage) -> None:
+        conversation = chat.fill([("user", "Drop me")])
+        chat.row("Drop me").press("Delete")
+        expect(chat.page.get_by_role("button", name="Undo")).to_be_visible()
+        chat.page.close()
+        until(lambda: chat.context.request.get(f"/api/conversations/{conversation}").status == 404, "the server knows")
+
+    def test_signing_out_settles_a_deletion(self, chat: ChatPage) -> None:
+        conversation = chat.fill([("user", "Drop me")])
+        page, email = chat.page, chat.page.locator("#who").inner_text()
+        chat.row("Drop me").press("Delete")
+        page.get_by_role("button", name="Sign out").click()
+        page.get_by_label("Email").fill(email)
+        page.get_by_label("Password").fill(PASSWORD)
+        page.get_by_role("button", name="Sign in").click()
+        expect(chat.conversations).to_contain_text("Your chats will be listed here.")
+        assert chat.context.request.get(f"/api/conversations/{conversation}").status == 404
 
     def test_search_in_titles(self, chat: ChatPage) -> None:
         for number in range(60):
@@ -101,6 +160,39 @@ class TestList:
 
 
 class TestKeys:
+    def test_first_visit_by_keyboard(self, visitor: Page) -> None:
+        visitor.goto("/")
+        keys = visitor.keyboard
+        expect(visitor.get_by_label("Email")).to_be_focused()
+        keys.type(f"keys{datetime.now(UTC).timestamp()}@example.org")
+        keys.press("Tab")
+        keys.type(PASSWORD)
+        keys.press("Tab")
+        expect(visitor.get_by_role("button", name="Sign in")).to_be_focused()
+        keys.press("Tab")
+        expect(visitor.get_by_role("button", name="Sign up")).to_be_focused()
+        keys.press("Enter")
+        chat = ChatPage(visitor)
+        expect(chat.box).to_be_focused()
+        keys.type("No mouse here")
+        keys.press("Enter")
+        chat.finished(0, "You said: No mouse here")
+
+    def test_menu_of_a_row_by_keyboard(self, chat: ChatPage) -> None:
+        chat.fill([("user", "Menu me")])
+        keys = chat.page.keyboard
+        chat.row("Menu me").focus()
+        keys.press("Tab")
+        keys.press("Enter")
+        expect(chat.page.get_by_role("button", name="Rename")).to_be_focused()
+        keys.press("Escape")
+        expect(chat.page.get_by_role("button", name="Options for Menu me")).to_be_focused()
+        keys.press("Enter")
+        keys.press("Tab")
+        keys.press("Enter")
+        expect(chat.row("Menu me")).to_have_count(0)
+        expect(chat.page.get_by_role("button", name="Undo")).to_be_visible()
+
     def test_everything_by_keyboard(self, chat: ChatPage, model: Model) -> None:
         keys = chat.page.keyboard
         expect(chat.box).to_be_focused()
@@ -193,13 +285,35 @@ class TestPhone:
         expect(chat.messages).to_have_count(0)
         assert chat.page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
 
-    def test_targets_are_large_enough(self, new_chat_page: NewPage) -> None:
+    def test_targets_are_large_enough(self, new_chat_page: NewPage, model: Model) -> None:
         chat = new_chat_page(viewport=NARROW, has_touch=True, is_mobile=True)
-        chat.talk("```js\nlet x\n```", "You said")
-        for drawer in (False, True):
-            if drawer:
-                chat.page.get_by_role("button", name="Open conversations").tap()
-            sizes = chat.page.evaluate("""() => [...document.querySelectorAll("button, input, textarea, nav a")]
-                .filter((one) => one.checkVisibility({ visibilityProperty: true }))
-                .map((one) => [one.ariaLabel || one.textContent.trim(), one.offsetWidth, one.offsetHeight])""")
-            assert [size for size in sizes if size[1] < 44 or size[2] < 44] == []
+        model.will_say("Broken", Failure())
+        chat.talk("```js\nlet x\n```", "Broken")
+        assert too_small(chat.page) == [], "a reply that was cut short"
+        model.will_say(Failure())
+        chat.say("And this?")
+        expect(chat.log).to_contain_text("The model gave no reply")
+        chat.context.set_offline(True)
+        chat.say("Not sent")
+        expect(chat.mine.last).to_have_attribute("data-state", "waiting")
+        assert too_small(chat.page) == [], "a reply that failed, and a message that waits"
+        chat.context.set_offline(False)
+        chat.page.get_by_role("button", name="Open conversations").tap()
+        assert too_small(chat.page) == [], "the drawer"
+        chat.page.get_by_role("button", name=re.compile("Options for")).tap()
+        assert too_small(chat.page) == [], "the menu"
+        chat.page.get_by_role("button", name="Delete").tap()
+        expect(chat.page.get_by_role("button", name="Undo")).to_be_visible()
+        assert too_small(chat.page) == [], "undo"
+        chat.page.get_by_role("button", name="Open conversations").tap()
+        chat.page.get_by_role("button", name="Sign out").tap()
+        expect(chat.page.get_by_role("button", name="Sign in")).to_be_visible()
+        assert too_small(chat.page) == [], "signing in"
+
+
+def too_small(page: Page) -> list[list[object]]:
+    """What can be tapped and is smaller than 44 px."""
+    sizes: list[list[object]] = page.evaluate("""() => [...document.querySelectorAll("button, input, textarea, nav a")]
+        .filter((one) => one.checkVisibility({ visibilityProperty: true }) && (one.offsetWidth < 44 || one.offsetHeight < 44))
+        .map((one) => [one.ariaLabel || one.textContent.trim(), one.offsetWidth, one.offsetHeight])""")
+    return sizes

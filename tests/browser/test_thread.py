@@ -105,6 +105,20 @@ class TestHistory:
         expect(chat.log.get_by_role("heading", name="Yesterday")).to_be_visible()
         expect(chat.conversations.get_by_role("heading", name="Yesterday")).to_be_visible()
 
+    def test_earlier_days_are_marked_by_their_dates(self, new_chat_page: NewPage, stack: Stack) -> None:
+        chat = new_chat_page(timezone_id="UTC")
+        noon = datetime.now(UTC).replace(hour=0, minute=0, second=1)
+        days = (150, 3, 3, 1, 0)
+        said = [(noon - timedelta(days=ago) + timedelta(seconds=at), "user", f"{ago} days ago") for at, ago in enumerate(days)]
+        chat.open(f"/c/{stack.store(chat.user_id, 'For long', said)}")
+        expect(chat.messages).to_have_count(5)
+        marks = chat.log.locator("h2").all_inner_texts()
+        assert [mark.replace(",", "") for mark in marks[:2]] == [
+            f"{day:%A} {day.day} {day:%B}" + (f" {day.year}" if day.year != noon.year else "")
+            for day in (noon - timedelta(days=150), noon - timedelta(days=3))
+        ]
+        assert marks[2:] == ["Yesterday", "Today"]
+
 
 class TestText:
     def test_hostile_text_does_nothing(self, chat: ChatPage, model: Model) -> None:
@@ -150,6 +164,20 @@ class TestText:
         assert chat.page.evaluate("navigator.clipboard.readText()") == code
         reply.get_by_role("button", name="Copy", exact=True).click()
         chat.page.wait_for_function("async (text) => (await navigator.clipboard.readText()) === text", arg=text)
+
+    def test_copying_where_the_clipboard_is_withheld(self, chat: ChatPage) -> None:
+        chat.talk("Copy me")
+        chat.page.evaluate("() => { navigator.clipboard.writeText = async () => { throw new DOMException('no', 'NotAllowedError'); }; }")
+        copied = chat.page.evaluate_handle("""() => {
+            const copied = [];
+            addEventListener("copy", () => copied.push(document.activeElement.value ?? getSelection().toString()));
+            return copied;
+        }""")
+        button = chat.replies.get_by_role("button", name=re.compile("^(Copy|Copied)$"))
+        button.click()
+        expect(button).to_have_text("Copied")
+        assert copied.json_value() == ["You said: Copy me "]
+        expect(button).to_be_focused()
 
     def test_own_text_stays_as_it_was_written(self, chat: ChatPage) -> None:
         text = "  *not* emphasised\n\n\n1) no list    and   spaces\n```js\nlet x = '<b>';\n```\nend"

@@ -36,6 +36,7 @@ export class Chat {
     this.user = user;
     this.#leaving = leaving;
     thread.hooks.older = () => this.#loadOlder();
+    thread.hooks.again = () => this.#send(thread.lastPrompt.text);
     this.replies = new Replies({
       asked: (id, message) => this.#received(id, message),
       changed: (id) => this.#replyChanged(id),
@@ -46,7 +47,7 @@ export class Chat {
       changed: () => this.#outboxChanged(),
       placed: (startKey, id) => this.#placed(startKey, id),
       acknowledged: (entry, message) => this.#acknowledged(entry, message),
-      trouble: (problem) => tell("refusing", Boolean(problem) && problem.status !== 0),
+      trouble: (problem) => tell("refusing", problem?.status >= 500),
       full: () => tell("full", true),
     });
     this.sidebar = new Sidebar(user.id, {
@@ -277,7 +278,7 @@ export class Chat {
     if (reply.message) {
       thread.written(reply.message);
       announce(`Chatkeep: ${thread.newest.spoken.slice(0, SPOKEN_CHARS_MAX)}`);
-      if (reply.problem) note("The reply broke off. What there is of it is kept.");
+      if (reply.problem) note(reply.problem.message); // the API's own words: they say why
       this.#watchPending();
     } else {
       thread.writing(null);
@@ -364,13 +365,18 @@ export class Chat {
     if (conversation.id === this.place?.id) this.#setTitle(conversation.title);
   }
 
+  /** Words that were not sent yet outlive their conversation, if it is open here. */
   #conversationGone(id) {
+    const isOpen = id === this.place?.id;
+    const unsent = isOpen ? [...this.outbox.waiting(this.place).map((entry) => entry.text), this.composer.take()].join("\n\n").trim() : "";
     this.outbox.discardAll(id);
+    this.composer.forget(id);
     this.sidebar.remove(id);
-    if (id !== this.place?.id) return;
+    if (!isOpen) return;
     history.replaceState(null, "", "/");
     this.#open({ startKey: newKey() });
-    note("This chat was deleted.");
+    if (unsent) this.composer.write(unsent);
+    note(unsent ? "This chat was deleted. What you had not sent yet is in the message box." : "This chat was deleted.");
   }
 
   #replyElsewhere(id, running) {
@@ -398,6 +404,7 @@ export class Chat {
     } catch (error) {
       if (signal.aborted) return undefined; // another conversation was opened meanwhile
       if (!(error instanceof Problem)) throw error;
+      if (error.status === 404) return this.#conversationGone(id);
     }
     if (id !== this.place?.id || signal.aborted) return undefined;
     return this.#showLack();

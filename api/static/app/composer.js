@@ -54,6 +54,19 @@ export class Composer {
     this.focus();
   }
 
+  /** What stands in the box and was not sent; it is no draft of this place any more. */
+  take() {
+    const text = this.#box.value;
+    this.#box.value = "";
+    this.#keep();
+    return text;
+  }
+
+  /** There is no such place any more. */
+  forget(place) {
+    forget(this.#name(place));
+  }
+
   focus() {
     if (matchMedia("(hover: hover)").matches) this.#box.focus({ preventScroll: true }); // elsewhere the keyboard would cover half of the page
   }
@@ -104,8 +117,8 @@ export class Composer {
     else forget(this.#name());
   }
 
-  #name() {
-    return `${this.#user}:draft:${this.#place}`;
+  #name(place = this.#place) {
+    return `${this.#user}:draft:${place}`;
   }
 
   #offer() {

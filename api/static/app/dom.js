@@ -53,16 +53,26 @@ export function announce(text) {
   speaking = setTimeout(() => (voice.textContent = text), 60); // an empty moment: the same text twice is said twice
 }
 
-/** Copies text; works on plain HTTP too, where browsers withhold the clipboard's own interface. */
-export async function copy(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+/** Copies text; false if the browser does not let us. */
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    return copySelected(text); // there is no clipboard on plain HTTP, and elsewhere it may be forbidden
+  }
+}
+
+function copySelected(text) {
+  const focused = document.activeElement;
   const box = h("textarea", { class: "unseen", readonly: true });
   box.value = text;
   document.body.append(box);
   box.select();
   const done = document.execCommand("copy");
   box.remove();
-  if (!done) throw new Error("The browser did not copy.");
+  focused?.focus({ preventScroll: true });
+  return done;
 }
 
 /** A button that copies what `text()` gives, and says that it has. */
@@ -70,9 +80,8 @@ export function copyButton(label, text) {
   const words = h("span", {}, label);
   const button = h("button", { type: "button", class: "quiet copy", onclick: copied }, icon("copy"), words);
   async function copied() {
-    await copy(text());
-    words.textContent = "Copied";
-    announce("Copied.");
+    words.textContent = (await copy(text())) ? "Copied" : "Not copied";
+    announce(`${words.textContent}.`);
     setTimeout(() => (words.textContent = label), 2000);
   }
   return button;

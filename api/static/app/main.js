@@ -35,6 +35,7 @@ async function signOut() {
   if (unsent && !confirm(`${lost} not been sent and would be lost. Sign out all the same?`)) return;
   const { user } = chat;
   try {
+    await chat.sidebar.settle();
     await call("DELETE", "/api/auth/session");
   } catch (error) {
     if (!(error instanceof Problem)) throw error;

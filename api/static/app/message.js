@@ -48,8 +48,8 @@ export class MessageView {
       this.#showState();
     } else {
       this.element.dataset.state = this.element.dataset.state === "committed" ? "committed" : message.state;
-      const short = message.status === "incomplete" ? h("span", { class: "short" }, "Cut short") : null;
-      this.foot.replaceChildren(this.time, ...(short ? [short] : []), copyButton("Copy", () => message.content));
+      const copy = copyButton("Copy", () => message.content);
+      this.foot.replaceChildren(this.time, ...(message.status === "incomplete" ? cutShort(copy) : [copy]));
     }
   }
 
@@ -119,6 +119,12 @@ export class MessageView {
     this.foot.replaceChildren(...before, h("span", { class: "state" }, name), this.time, icon(this.#state));
     this.foot.title = `${name}: ${meaning.toLowerCase()}`;
   }
+}
+
+/** For a reply that is not whole; as long as nothing came after it, it can be asked for again. */
+function cutShort(copy) {
+  const again = h("button", { type: "button", class: "quiet again" }, icon("retry"), "Try again");
+  return [h("span", { class: "short" }, "Cut short"), copy, again];
 }
 
 /** What stands in place of a reply that did not come. */

@@ -13,7 +13,7 @@
 
 import { Problem, call, newKey } from "./api.js";
 import { pause } from "./dom.js";
-import { forget, namesUnder, recall, remember, watch } from "./store.js";
+import { exclusive, forget, namesUnder, recall, remember, watch } from "./store.js";
 
 const BACKOFF_MS = [500, 1000, 2000, 4000, 5000];
 const AFTER_REPLY = "Goes out after this reply";
@@ -140,7 +140,7 @@ export class Outbox {
     this.#working.add(name);
     try {
       for (let next; !this.#closed && (next = this.#next(name)); ) {
-        if ((await exclusive(`chatkeep-${this.#user}-${name}`, () => this.#deliver(next.key))) === "stop") return;
+        if ((await exclusive(`${this.#user}-${name}`, () => this.#deliver(next.key))) === "stop") return;
       }
     } finally {
       this.#working.delete(name);
@@ -285,8 +285,4 @@ const isDue = (entry) => !entry.failed && (!entry.acknowledged || entry.again);
 
 function isIn(entry, place) {
   return place.id ? entry.conversation === place.id : entry.conversation === null && entry.startKey === place.startKey;
-}
-
-function exclusive(name, work) {
-  return navigator.locks ? navigator.locks.request(name, work) : work();
 }

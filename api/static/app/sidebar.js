@@ -4,7 +4,7 @@ import { call } from "./api.js";
 import { groupName } from "./dates.js";
 import { $, announce, arrange, h, icon, offerUndo, settleUndo } from "./dom.js";
 import { note } from "./status.js";
-import { forget, namesUnder, recall, remember } from "./store.js";
+import { exclusive, forget, namesUnder, recall, remember, watch } from "./store.js";
 
 const PAGE = 50;
 const AGAIN_MS = 4000;
@@ -26,6 +26,8 @@ export class Sidebar {
   #current = null;
   #query = "";
   #stale = false;
+  #changed = new Set(); // ids that were told of while the list was being read: that is newer
+  #deletions = Promise.resolve();
   #again;
   #off = new AbortController();
 
@@ -41,7 +43,9 @@ export class Sidebar {
     $("search").addEventListener("keydown", (event) => this.#pressedInSearch(event), on);
     $("rename").addEventListener("click", () => this.#menu((id) => this.#rename(id)), on);
     $("delete").addEventListener("click", () => this.#menu((id) => this.#delete(id)), on);
-    for (const name of namesUnder(`${user}:deleting:`)) this.#reallyDelete(recall(name));
+    addEventListener("pagehide", settleUndo, on);
+    watch((name) => name.startsWith(this.#leaving("")) && this.render(), on);
+    for (const name of namesUnder(this.#leaving(""))) this.#finishDeleting(recall(name));
   }
 
   close() {
@@ -65,6 +69,10 @@ export class Sidebar {
         for (const item of page.items) fresh.set(item.id, item);
         cursor = page.next_cursor;
       } while (cursor && fresh.size < wanted);
+      for (const id of this.#changed) fresh.delete(id);
+      for (const id of [...this.#changed, this.#current]) {
+        if (this.#items.has(id) && !fresh.has(id)) fresh.set(id, this.#items.get(id)); // the open one stays, however old it is
+      }
       this.#items = fresh;
       this.#cursor = cursor;
       this.#loaded = true;
@@ -78,6 +86,7 @@ export class Sidebar {
   /** A conversation as the server has it now. */
   put(conversation) {
     this.#items.set(conversation.id, conversation);
+    this.#changed.add(conversation.id);
     this.render();
   }
 
@@ -86,12 +95,14 @@ export class Sidebar {
     const item = this.#items.get(id);
     if (!item) return false;
     this.#items.set(id, { ...item, title: item.title ?? title, updated_at: time > item.updated_at ? time : item.updated_at });
+    this.#changed.add(id);
     this.render();
     return true;
   }
 
   remove(id) {
     this.#items.delete(id);
+    this.#changed.add(id);
     this.render();
   }
 
@@ -202,6 +213,7 @@ export class Sidebar {
 
   async #load(work) {
     this.#loading = true;
+    this.#changed.clear();
     try {
       await work();
       this.#failed = false;
@@ -228,7 +240,7 @@ export class Sidebar {
     if (this.#loading || !this.#cursor || !(near || anyway)) return;
     await this.#load(async () => {
       const page = await this.#page(this.#cursor);
-      for (const item of page.items) if (!this.#items.has(item.id)) this.#items.set(item.id, item);
+      for (const item of page.items) if (!this.#items.has(item.id) && !this.#changed.has(item.id)) this.#items.set(item.id, item);
       this.#cursor = page.next_cursor;
     });
     if (!this.#failed) await this.#loadMore();
@@ -350,6 +362,12 @@ export class Sidebar {
 
   // Delete: at once on the page, on the server when nobody can take it back any more
 
+  /** Nobody can take anything back any more; resolves when the server knows. */
+  async settle() {
+    settleUndo();
+    await this.#deletions;
+  }
+
   #isLeaving(id) {
     return recall(this.#leaving(id)) !== null;
   }
@@ -368,28 +386,38 @@ export class Sidebar {
     (links[at + 1] ?? links[at - 1] ?? $("new-chat")).focus({ preventScroll: true });
     const wasOpen = this.#current === id;
     if (wasOpen) this.#hooks.deleted(id);
+    let settled;
+    const offered = new Promise((resolve) => (settled = resolve));
+    exclusive(this.#leaving(id), () => offered); // other tabs leave it alone meanwhile
     offerUndo(`“${short(title)}” was deleted.`, {
       undo: () => {
+        settled();
         forget(this.#leaving(id));
         this.render();
         if (wasOpen) this.#hooks.open({ id });
         else this.#rows.get(id)?.querySelector("a").focus();
       },
-      done: () => this.#reallyDelete(id),
+      done: () => {
+        settled();
+        this.#deletions = Promise.all([this.#deletions, this.#reallyDelete(id)]);
+      },
     });
+  }
+
+  /** For what another page began to delete: it may be closed, or still be offering to take it back. */
+  #finishDeleting(id) {
+    return exclusive(this.#leaving(id), () => (this.#isLeaving(id) && !this.#off.signal.aborted ? this.#reallyDelete(id) : null));
   }
 
   async #reallyDelete(id) {
     try {
       await call("DELETE", `/api/conversations/${id}`, { keepalive: true });
-      this.#items.delete(id);
     } catch (error) {
       if (error.status === undefined) throw error;
       if (error.passing || error.status === 401) return; // the next load of the page tries again
-      this.#items.delete(id);
     }
+    this.remove(id);
     forget(this.#leaving(id));
-    this.render();
   }
 }
 

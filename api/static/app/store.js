@@ -44,8 +44,14 @@ export function forgetUser(id) {
 }
 
 /** Calls `changed(name, value)` when another tab has changed something. */
-export function watch(changed) {
-  addEventListener("storage", (event) => {
+export function watch(changed, options = {}) {
+  const tell = (event) => {
     if (event.key?.startsWith(PREFIX)) changed(event.key.slice(PREFIX.length), event.newValue === null ? null : JSON.parse(event.newValue));
-  });
+  };
+  addEventListener("storage", tell, options);
+}
+
+/** Does `work` in one tab at a time; where browsers have no locks (plain HTTP), at once. */
+export function exclusive(name, work) {
+  return navigator.locks ? navigator.locks.request(`chatkeep-${name}`, work) : work();
 }

@@ -30,7 +30,7 @@ export class Thread {
   #place = 0; // the scroll position we know of
   hasOlder = false;
 
-  /** `hooks.older()` is called when older messages are needed. */
+  /** `hooks.older()` is called when older messages are needed, `hooks.again()` when a reply that was cut short is to be tried again. */
   constructor({ scroller, list, jump, hooks }) {
     this.#scroller = scroller;
     this.#list = list;
@@ -39,6 +39,7 @@ export class Thread {
     this.#older = h("div", { class: "older" });
     scroller.addEventListener("scroll", () => this.#scrolled(), { passive: true });
     jump.addEventListener("click", () => this.toBottom(true));
+    list.addEventListener("click", (event) => event.target.closest(".again") && this.hooks.again());
     const observer = new ResizeObserver(() => this.#pinned && this.#stick());
     observer.observe(scroller);
     observer.observe(list);
