@@ -31,10 +31,9 @@ ANSWER = """Split the text into words, and let `Counter` do the rest. Its `most_
 
 ```python
 from collections import Counter
-import re
 
 def top_words(text: str, count: int = 10) -> list[tuple[str, int]]:
-    words = re.findall(r"\\w+", text.lower())
+    words = text.lower().split()
     return Counter(words).most_common(count)
 ```"""
 FOLLOW_UP = "And how fast is that for a large file?"
