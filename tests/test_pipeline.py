@@ -14,7 +14,7 @@ import time
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -25,8 +25,9 @@ import pytest
 import redis
 
 from tests.people import Person, keyed, ok, problem, sign_up, until
-from tests.processes import OPERATOR, SHARDS, Installation, frozen_server
+from tests.processes import OPERATOR, SHARDS, Installation, Process, answers, frozen_server
 from worker import keys
+from worker.embedded import free_port
 
 EMAIL = "ann.of.the.pipeline@example.org"
 PASSWORD = "correct horse battery staple"
@@ -104,6 +105,28 @@ def locked_out(chatkeep: Installation) -> Iterator[Callable[[], bool]]:
             return bool(chatkeep.query("SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'message'::regclass"))
 
         yield somebody_waits
+
+
+@contextmanager
+def ending_api(chatkeep: Installation) -> Iterator[tuple[Process, str]]:
+    """An API process with the slow model and little patience, and its address."""
+    port, name = free_port(), f"ending api {secrets.token_hex(3)}"
+    command = ("uvicorn", "api.app:app", "--port", str(port), "--timeout-graceful-shutdown", "1")
+    url = f"http://127.0.0.1:{port}"
+    model = {"LLM_BASE_URL": chatkeep.model.url, "LLM_MODEL": "slow", "LLM_API_KEY": "none", "SHUTDOWN_GRACE_SECONDS": "1"}
+    process = chatkeep.process(name, *command, ready=lambda _: answers(url + "/livez"), **model)
+    process.start()
+    process.wait()
+    try:
+        yield process, url
+    finally:
+        process.kill()
+
+
+def stream_of(chatkeep: Installation, conversation: int) -> list[str]:
+    """What has been streamed of the running reply."""
+    with chatkeep.redis() as client:
+        return [str(entry) for entry in client.xrange(keys.reply(keys.shard_of_id(conversation), conversation))]
 
 
 @contextmanager
@@ -626,6 +649,26 @@ class TestEverything:
         assert turn["user_message"]["content"] == f"{WORDS} one"
         assert [message["role"] for message in ann.history(conversation)] == ["user", "assistant"]
         assert ann.history(conversation)[1]["id"] == turn["assistant_message"]["id"]
+
+    def test_reply_may_end_when_its_process_is_told_to_and_is_kept_when_it_does_not(
+        self, chatkeep: Installation, ann: Person, conversation: int
+    ) -> None:
+        """SIGTERM, with a reader at the stream; at once afterwards, without any lease running out, the next turn works."""
+        for goes_on, kept in ((True, ("Once upon a time.", "complete")), (False, ("Once ", "incomplete"))):
+            with ending_api(chatkeep) as (process, url), ThreadPoolExecutor(1) as threads:
+                chatkeep.model.reset()
+                running = threads.submit(ann.at(url).stream, conversation, WORDS)
+                assert chatkeep.model.asked.wait(10)
+                until(lambda: "Once" in json.dumps(stream_of(chatkeep, conversation)), "it is streamed")
+                process.family()[0].terminate()
+                if goes_on:
+                    chatkeep.model.go_on.set()
+                process.exit_code()
+                with suppress(httpx2.TransportError):
+                    running.result(10)
+            last = ann.history(conversation)[-1]
+            assert (last["content"], last["status"]) == kept
+            assert ok(ann.chat(conversation, f"{WORDS} next"))["reply"]
 
 
 class TestSecrets:

@@ -165,6 +165,19 @@ class TestText:
         reply.get_by_role("button", name="Copy", exact=True).click()
         chat.page.wait_for_function("async (text) => (await navigator.clipboard.readText()) === text", arg=text)
 
+    def test_everything_is_ours_and_colours_come_with_the_first_code(self, chat: ChatPage, model: Model) -> None:
+        asked: list[str] = []
+        chat.page.on("request", lambda request: asked.append(request.url))
+        chat.page.reload()
+        chat.talk("No code yet")
+        assert not [url for url in asked if "highlight" in url]
+        model.will_say("```js\nlet x\n```")
+        chat.talk("Now some", "let x")
+        expect(chat.replies.locator(".hljs-keyword")).to_have_text("let")
+        assert [url for url in asked if "highlight" in url]
+        origin = chat.page.evaluate("location.origin")
+        assert [url for url in asked if not url.startswith(origin + "/")] == []
+
     def test_copying_where_the_clipboard_is_withheld(self, chat: ChatPage) -> None:
         chat.talk("Copy me")
         chat.page.evaluate("() => { navigator.clipboard.writeText = async () => { throw new DOMException('no', 'NotAllowedError'); }; }")
