@@ -205,6 +205,37 @@ class TestElsewhere:
             expect(tab.state(1)).to_have_attribute("data-state", "committed")
             assert tab.texts() == ["From the first tab", "You said: From the first tab", "From the second tab", "Both of you see this."]
 
+    def test_two_tabs_that_write_at_once_end_with_the_same(self, chat: ChatPage, new_chat_page: NewPage, model: Model) -> None:
+        chat.talk("Before")
+        other = new_chat_page(chat.context, f"/c/{chat.conversation_id}")
+        expect(other.messages).to_have_count(2)
+        gate = Gate()
+        model.will_say("To the first. ", gate, "All of it.")
+        chat.box.fill("From the first")
+        other.box.fill("From the second")
+        for tab in (chat, other):
+            tab.box.press("Enter")
+        gate.wait_until_reached()
+        gate.open()
+        for tab in (chat, other):
+            expect(tab.messages).to_have_count(6)
+            tab.finished(2, "You said: From the ")
+        assert chat.texts() == other.texts()
+        assert chat.texts()[3] == "To the first. All of it."
+
+    def test_reply_of_another_tab_that_ends_before_this_ones_question_is_taken(self, chat: ChatPage, model: Model) -> None:
+        """This tab's message is on its way all the time that the other reply is written, so it reads no stream of it."""
+        chat.talk("Before")
+        path, held = f"/api/chat/{chat.conversation_id}/message", []
+        chat.page.route("**" + path, lambda route: held.append(route))  # noqa: PLW0108 - Playwright takes no built-in
+        with chat.page.expect_request("**" + path):
+            chat.say("Slow to leave")
+        chat.api("POST", path, data={"message": "From elsewhere"})
+        held[0].continue_()
+        chat.finished(2, "You said: Slow to leave")
+        expect(chat.messages).to_have_count(6)
+        assert chat.texts()[2:4] == ["From elsewhere", "You said: From elsewhere"]
+
     def test_other_device_sees_new_chats_titles_and_deletions(self, chat: ChatPage, new_chat_page: NewPage) -> None:
         other = new_chat_page(chat.context)
         chat.talk("A chat about bees")
@@ -257,10 +288,15 @@ class TestElsewhere:
         assert before < chat.log.evaluate("log => log.scrollTop")
 
     def test_signing_out_signs_out_the_other_tab(self, chat: ChatPage, new_chat_page: NewPage) -> None:
+        chat.talk("Private matters")
         other = new_chat_page(chat.context)
+        expect(other.row("Private matters")).to_be_visible()
         chat.page.get_by_role("button", name="Sign out").click()
         for tab in (chat, other):
             expect(tab.page.get_by_role("button", name="Sign in")).to_be_visible()
+            expect(tab.page.get_by_role("status")).to_be_empty()
+            for trace in ("Private matters", '@example.org"'):
+                assert trace not in tab.page.content()
         assert chat.page.evaluate("Object.keys(localStorage)") == []
 
     def test_two_users_never_meet(self, chat: ChatPage, new_chat_page: NewPage) -> None:

@@ -30,6 +30,7 @@ export class Chat {
   #pendingTimer;
   #closed = false;
   #unanswered = null; // a message that certainly has no reply on its way
+  #held = []; // messages that may be the reply which is being read
 
   /** `leaving()` is called before another conversation is opened. */
   constructor(user, leaving) {
@@ -86,6 +87,8 @@ export class Chat {
     this.live.stop();
     this.replies.leaveAll();
     thread.clear();
+    this.#setTitle(null);
+    announce("");
   }
 
   /** There is reason to hope that the server can be reached again. */
@@ -120,6 +123,7 @@ export class Chat {
     const { signal } = this.#opening;
     if (this.place?.id && this.place.id !== place.id && this.outbox.waiting(this.place).length === 0) this.replies.leave(this.place.id);
     this.place = place;
+    this.#held = [];
     this.#loadingOlder = false;
     clearTimeout(this.#pendingTimer);
     this.composer.open(place.id ?? "new");
@@ -249,6 +253,7 @@ export class Chat {
   #received(id, message) {
     this.sidebar.setRunning(id, true);
     if (id !== this.place?.id) return;
+    this.#showHeld(message.id); // they came before this question, so they are not the reply to it
     this.#show(message);
     this.#replyChanged(id);
     announce("Chatkeep is replying.");
@@ -274,9 +279,10 @@ export class Chat {
     if (reply.message) this.#touch(reply.message);
     if (id !== this.place?.id || reply.left || this.#closed) return;
     this.composer.setRunning(false, false);
+    if (reply.message) thread.written(reply.message);
+    this.#showHeld();
     if (!reply.seen) return; // nothing was running
     if (reply.message) {
-      thread.written(reply.message);
       announce(`Chatkeep: ${thread.newest.spoken.slice(0, SPOKEN_CHARS_MAX)}`);
       if (reply.problem) note(reply.problem.message); // the API's own words: they say why
       this.#watchPending();
@@ -338,7 +344,7 @@ export class Chat {
     const id = message.conversation_id;
     if (message.role === "assistant") this.outbox.answered(id, message.id);
     this.#touch(message);
-    if (id !== this.place?.id || (message.role === "assistant" && this.replies.isBusy(id))) return; // a reply comes as its own stream
+    if (id !== this.place?.id || this.#hold(message)) return;
     this.#show(message);
     this.#showLack();
     if (message.role === "assistant") announce(`Chatkeep: ${thread.newest.spoken.slice(0, SPOKEN_CHARS_MAX)}`);
@@ -412,8 +418,20 @@ export class Chat {
 
   #caughtUp(message) {
     if (message.role === "assistant") this.outbox.answered(message.conversation_id, message.id);
-    if (this.replies.isBusy(message.conversation_id) && message.role === "assistant") return;
-    this.#show(message);
+    if (!this.#hold(message)) this.#show(message);
+  }
+
+  /** The reply that is being read comes as its own stream, and is not shown twice meanwhile; only its end tells which one it was. */
+  #hold(message) {
+    const held = message.role === "assistant" && this.replies.isBusy(message.conversation_id) && !thread.has(message.id);
+    if (held) this.#held.push(message);
+    return held;
+  }
+
+  #showHeld(before = Infinity) {
+    const shown = this.#held.filter((message) => message.id < before);
+    this.#held = this.#held.filter((message) => message.id >= before);
+    for (const message of shown) this.#show(message);
   }
 
   /** The event stream says when messages are in the database; if it does not, look. */

@@ -24,6 +24,7 @@ function leave(words = "") {
   chat?.close();
   chat = null;
   closeDrawer();
+  $("who").textContent = $("who").title = "";
   tell("refusing", false);
   showForm(words, recall("user")?.email ?? "");
 }
