@@ -26,6 +26,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
@@ -104,6 +105,9 @@ class _Cancellable(AbstractConnection):
         except TimeoutError:
             await self.disconnect(nowait=True)
             raise RedisTimeoutError("Timeout writing to socket") from None
+        except RuntimeError as exc:  # uvloop's word for a transport that is closed
+            await self.disconnect(nowait=True)
+            raise RedisConnectionError("Connection closed while writing to it") from exc
         finally:
             self.socket_timeout = seconds
 

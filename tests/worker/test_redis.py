@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+import uvloop
 from pydantic import SecretStr
 from redis.asyncio import Redis as AsyncRedis
 
@@ -245,6 +246,25 @@ class TestMonitor:
 
 
 class TestClients:
+    def test_connection_that_uvloop_has_closed_is_an_outage(self, settings: Settings) -> None:
+        """uvloop raises `RuntimeError` where asyncio raises `ConnectionResetError`; unhandled it was a 500."""
+
+        async def use_it_after_its_end() -> None:
+            client = connect(settings)
+            connection = await client.connection_pool.get_connection()
+            await connection.send_command("PING")
+            await connection.read_response()
+            connection._writer.transport.abort()
+            await asyncio.sleep(0)
+            with pytest.raises(redis.ConnectionError):
+                await connection.send_command("PING")
+            await connection.send_command("PING")  # it connects again
+            assert await connection.read_response() == b"PONG"
+            await client.connection_pool.release(connection)
+            await client.aclose()
+
+        uvloop.run(use_it_after_its_end())
+
     def test_cancellation_is_never_overheard(self, settings: Settings) -> None:
         async def survivors() -> int:
             client = connect(settings)
