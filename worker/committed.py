@@ -69,15 +69,15 @@ def read_page(
     backwards = direction == "before"
     low, high = (end, start) if backwards else (start, end)
     with read(user=user_id) as connection:
-        conversation = _conversation(connection, user_id, conversation_id)
-        if conversation is None:
-            return CommittedPage(None, (), False)
         bounds = {"from": low or 0, "until": _LAST_ID if high is None else high, "count": count}
         rows = connection.execute(_OLDER if backwards else _NEWER, whom | bounds).all() if count > 0 else []
         beyond = False
         if look_beyond and start is not None:
             other_side = {"from": start - 1, "until": _LAST_ID} if backwards else {"from": 0, "until": start + 1}
             beyond = bool(connection.execute(_ANY, whom | other_side).scalar_one())
+        conversation = _conversation(connection, user_id, conversation_id)  # last: if it is there now, nobody had deleted the messages
+        if conversation is None:
+            return CommittedPage(None, (), False)
     return CommittedPage(conversation, tuple(to_stored(conversation_id, user_id, row) for row in rows), beyond)
 
 

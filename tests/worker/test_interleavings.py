@@ -19,7 +19,7 @@ from redis import Redis
 from api.dependencies import Page
 from api.history import HistoryPage, list_conversations, read_conversation, read_history
 from tests import core
-from worker import flush, keys
+from worker import committed, flush, keys
 from worker.errors import NotFound
 from worker.flush import flush_shard
 from worker.pending import PendingLog, client_key
@@ -185,6 +185,25 @@ class TestMergedRead:
         flush_shard(redis, settings, shard)
         with pytest.raises(NotFound):
             await halves.finish(reading)
+
+    async def test_also_not_if_it_is_deleted_while_postgres_is_asked(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        """Between two statements, each of which sees what is committed when it begins."""
+        monkeypatch.setattr(settings, "cache_messages_max", 2)
+        for i in range(6):
+            await log.append(user, conversation, "user", str(i))
+        flush_shard(redis, settings, shard)
+        find, loop = committed._conversation, asyncio.get_running_loop()
+
+        def found_then_deleted(*arguments: object) -> object:
+            found = find(*arguments)
+            asyncio.run_coroutine_threadsafe(log.delete(user, conversation), loop).result(10)
+            flush_shard(redis, settings, shard)
+            return found
+
+        monkeypatch.setattr(committed, "_conversation", found_then_deleted)
+        assert texts(await read_history(log, user, conversation, Page(limit=5))) == ["1", "2", "3", "4", "5"]
 
 
 class TestPaging:
