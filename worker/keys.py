@@ -21,22 +21,22 @@ Per conversation, without expiry while its field `l` is not 0 (pending), else ex
 | --- | --- | --- |
 | `ck:{s07}:c:<c>` | hash | the conversation, see below |
 | `ck:{s07}:m:<c>` | stream | the latest messages without a gap; pending ones are never dropped |
-| `ck:{s07}:k:<c>` | hash | retry keys: key → `<message id>:<hash of the request>` |
-| `ck:{s07}:load:<c>` | string | the lease of whoever loads it from Postgres; a late loader's token no longer fits |
+| `ck:{s07}:k:<c>` | hash | retry keys: key → `<message id>:<hash of the request>`; field `?`: who last asked Postgres for one |
+| `ck:{s07}:load:<c>` | string | the lease of whoever loads it from Postgres; a trim ends it, so that a late loader's token no longer fits |
 | `ck:{s07}:turn:<c>` | string | the lease of the reply that is being written; its token fences the writer |
 | `ck:{s07}:reply:<c>` | stream | the events of that reply, for whoever follows it; gone a minute after the last |
 | `ck:{s07}:stop:<c>` | string | the token of a turn that somebody asked to stop |
 
 The conversation's fields: `u` owner, `t` title, `s` created and `a` last activity (microseconds), `m` the last message's id, `l` the last
 pending entry's id or 0, `w` 1 if the cached messages begin with the conversation's first, `k` 1 if all of its retry keys are here, `d` 1 if
-it is deleted (a tombstone).
+it is deleted (a tombstone), `r` the token of the call that created it.
 
 Per user:
 
 | key | type | holds |
 | --- | --- | --- |
 | `ck:{s07}:u:<u>` | sorted set | the conversations with pending entries, by the last pending entry's id |
-| `ck:{s07}:n:<u>` | hash | retry keys of created conversations: key → `<conversation id>:<created>:<hash>`; field `*`: all are here |
+| `ck:{s07}:n:<u>` | hash | retry keys of created conversations: key → `<conversation id>:<created>:<hash>`; `*`: all here, `?` as above |
 | `ck:{s07}:e:<u>` | stream | what happened to the user's conversations, while somebody reads it; expires two minutes after |
 | `ck:{s07}:loadu:<u>` | string | the lease of whoever loads these from Postgres |
 

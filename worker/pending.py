@@ -170,8 +170,7 @@ class PendingLog:
                 stored = _stored(answer[3][0]) if answer[3] else await self._committed(conversation_id, user_id, int(answer[1]))
                 return Appended(stored, int(answer[2]), replayed=True, reply_id=int(answer[4]) if answer[4] else None)
             if answer[0] == b"ASK_KEY" and key:
-                await self._ask_key(shard, conversation_id, user_id, key)
-                asked = "1"
+                asked = await self._ask_key(shard, conversation_id, user_id, key)
             else:
                 await self._prepare(answer[0], shard, user_id, conversation_id)
                 asked = ""  # what was found may be forgotten with the conversation
@@ -184,7 +183,7 @@ class PendingLog:
         shard = keys.shard_of_user(user_id, self._settings.shards)
         digest = request_hash("conversation", "\x00" if title is None else title)
         reserved: int | None = None
-        asked = ""
+        asked, token = "", secrets.token_hex(8)
 
         async def attempt() -> Created | None:
             nonlocal reserved, asked
@@ -203,10 +202,11 @@ class PendingLog:
                     keys.created_keys(shard, user_id),
                     keys.events(shard, user_id),
                     keys.users(shard),
+                    keys.committed(shard),
                 ],
                 [
                     *(shard, user_id, reserved, conversation_body(reserved, user_id, title), key or "", digest, title or ""),
-                    *(self._backlog.limit(shard), WAKE_LEASE_MS, asked, self._settings.pending_bytes_per_user_max),
+                    *(self._backlog.limit(shard), WAKE_LEASE_MS, asked, self._settings.pending_bytes_per_user_max, token),
                 ],
             )
             if answer[0] in (b"OK", b"REPLAY"):
@@ -405,13 +405,19 @@ class PendingLog:
                 arguments += pair
             script_keys = [keys.created_keys(shard, user_id), keys.loading_user(shard, user_id), keys.changed(shard, user_id)]
             answer = await self._scripts.run("load_user", script_keys, arguments)
-        return "1" if answer[0] == b"OK" else ""
+        return token if answer[0] == b"OK" else ""
 
-    async def _ask_key(self, shard: int, conversation_id: int, user_id: int, key: str) -> None:
-        pairs = await self.threads.run(partial(loading.find_retry_key, conversation_id, user_id, key, self._seconds))
-        if pairs:
+    async def _ask_key(self, shard: int, conversation_id: int, user_id: int, key: str) -> str:
+        """Answers a token if Redis has now what Postgres knows of the key (it counts only as long as Redis has it), else ''."""
+        lease = keys.loading(shard, conversation_id)
+        async with self._lease(lease) as token:
+            if token is None:
+                return ""
+            pairs = await self.threads.run(partial(loading.find_retry_key, conversation_id, user_id, key, self._seconds))
             conversation, _, retry_keys = self._conversation_keys(shard, conversation_id)
-            await self._scripts.run("remember", [conversation, retry_keys], [part for pair in pairs for part in pair])
+            arguments = [token, *(part for pair in pairs for part in pair)]
+            answer = await self._scripts.run("remember", [conversation, retry_keys, lease], arguments)
+        return token if answer[0] == b"OK" else ""
 
     async def _committed(self, conversation_id: int, user_id: int, message_id: int) -> Stored:
         stored = await self.threads.run(partial(loading.find_message, conversation_id, user_id, message_id, self._seconds))

@@ -135,14 +135,43 @@ class TestAppend:
 
         ask_key = log._ask_key
 
-        async def emptied_then_asked(*arguments: object) -> None:
-            await ask_key(*arguments)
+        async def emptied_then_asked(*arguments: object) -> str:
+            told = await ask_key(*arguments)
             core.forget(redis, user, conversation, settings)
             monkeypatch.setattr(log, "_ask_key", ask_key)
+            return told
 
         monkeypatch.setattr(log, "_ask_key", emptied_then_asked)
         again = await log.append(user, conversation, "user", "hi", key=client_key("a"))
         assert (again.replayed, again.message) == (True, first.message)
+
+    async def test_what_postgres_said_of_a_key_is_not_believed_after_the_cache_was_emptied(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        """Two attempts with one key: between Postgres's "unknown" to the one and its append, the other is flushed and forgotten."""
+        monkeypatch.setattr(loading, "RETRY_KEYS_MAX", 1)
+        for i in range(2):
+            await log.append(user, conversation, "user", "hi", key=client_key(f"{i}"))
+        flush_shard(redis, settings, shard)
+        core.forget(redis, user, conversation, settings)
+        others = []
+        ask_key = log._ask_key
+
+        async def asked_then_overtaken(*arguments: object) -> str:
+            told = await ask_key(*arguments)
+            monkeypatch.setattr(log, "_ask_key", ask_key)
+            others.append(await log.append(user, conversation, "user", "hi", key=client_key("a")))
+            await log.append(user, conversation, "user", "the one that is loaded", key=client_key("b"))
+            flush_shard(redis, settings, shard)
+            core.forget(redis, user, conversation, settings)
+            await log._load(shard, user, conversation)
+            return told
+
+        monkeypatch.setattr(log, "_ask_key", asked_then_overtaken)
+        again = await log.append(user, conversation, "user", "hi", key=client_key("a"))
+        assert (again.replayed, again.message) == (True, others[0].message)
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["hi", "hi", "hi", "the one that is loaded"]
 
     async def test_a_lost_answer_is_found_by_its_key(self, redis, log, user, conversation, shard, monkeypatch) -> None:
         """The script has run twice: once without an answer, once more for the retry."""
@@ -212,6 +241,49 @@ class TestCreate:
                 redis.flushall()
             again = await log.create(user, None, key=client_key("a"))
             assert (again.replayed, again.conversation) == (True, first.conversation)
+
+    async def test_what_postgres_said_of_a_key_is_not_believed_after_the_cache_was_emptied(
+        self, settings, redis, log, user, shard, monkeypatch
+    ) -> None:
+        others = []
+        load = log._load_created_keys
+
+        async def loaded_then_overtaken(*arguments: object) -> str:
+            told = await load(*arguments)
+            monkeypatch.setattr(log, "_load_created_keys", load)
+            others.append(await log.create(user, "once", key=client_key("a")))
+            flush_shard(redis, settings, shard)
+            redis.delete(keys.created_keys(shard, user))
+            return told
+
+        monkeypatch.setattr(log, "_load_created_keys", loaded_then_overtaken)
+        again = await log.create(user, "once", key=client_key("a"))
+        assert (again.replayed, again.conversation) == (True, others[0].conversation)
+
+    @pytest.mark.parametrize("flushed", [False, True])
+    async def test_an_id_that_was_reserved_twice_is_given_once(self, settings, redis, log, user, shard, monkeypatch, flushed) -> None:
+        """Redis was emptied in between, and its clock set back: the number that one caller holds is given to the next one too."""
+        run, reserved = log._scripts.run, []
+
+        async def twice(name: str, *arguments: object) -> object:
+            if name != "reserve":
+                return await run(name, *arguments)
+            reserved.append(reserved[0] if len(reserved) == 1 else await run(name, *arguments))
+            return reserved[-1]
+
+        await log.create(user, None)  # so that the shard's clock is there
+        flush_shard(redis, settings, shard)
+        monkeypatch.setattr(log._scripts, "run", twice)
+        first = await log.create(user, "one", key=client_key("a"))
+        if flushed:
+            flush_shard(redis, settings, shard)
+            core.forget(redis, user, first.conversation.id, settings)
+        second = await log.create(user, "two", key=client_key("b"))
+        assert reserved[0] == reserved[1]
+        assert first.conversation.id != second.conversation.id
+        core.flush_all(redis, settings)
+        stored = core.ask("SELECT id, title FROM conversation WHERE title IS NOT NULL ORDER BY id")
+        assert stored == [(first.conversation.id, "one"), (second.conversation.id, "two")]
 
     async def test_that_all_keys_are_here_is_forgotten_together_with_the_keys(self, settings, redis, log, user, shard) -> None:
         """The mark that says so lies among them: no expiry can take keys and leave it."""

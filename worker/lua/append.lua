@@ -1,7 +1,7 @@
 -- Appends a message to the pending log: the one script behind an acknowledgement. All checks come before the first write.
 -- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 committed  10 turn  11 events  12 users
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 retry key or ''  6 request hash  7 title if the conversation has none, or ''
---      8 backlog limit (bytes)  9 wake lease (ms)  10 '1' if Postgres was asked for the key  11 turn token or ''  12 turn lease (ms)  13 the user's limit (bytes)
+--      8 backlog limit (bytes)  9 wake lease (ms)  10 the token of the question to Postgres about the key, or ''  11 turn token or ''  12 turn lease (ms)  13 the user's limit (bytes)
 -- Answers {'OK', id, microseconds, wake, committed}; {'REPLAY', id, committed, {stored message}, reply id or ''}; or one of
 --   {'UNKNOWN'} ask Postgres for this user's   {'NOT_FOUND'} deleted   {'ASK_KEY'} Postgres may know the key
 --   {'NEED_SEED'} the clock is gone   {'FULL'} the backlog is at its limit   {'USER_FULL'}   {'KEY_REUSED'}   {'TURN_RUNNING'}
@@ -19,7 +19,7 @@ if key ~= '' then
     local reply = string.match(redis.call('HGET', KEYS[7], 'r:' .. id) or '', '^%d+') or ''
     replayed = {'REPLAY', id, known[3] == '0' and id or redis.call('GET', KEYS[9]) or '0', redis.call('XRANGE', KEYS[6], id, id), reply}
     if reply ~= '' or ARGV[11] == '' then return replayed end
-  elseif known[5] ~= '1' and ARGV[10] ~= '1' then
+  elseif known[5] ~= '1' and redis.call('HGET', KEYS[7], '?') ~= ARGV[10] then
     return {'ASK_KEY'}
   end
 end

@@ -7,6 +7,7 @@ redis.call('DEL', KEYS[2])
 for i = 4, #ARGV, 2 do
   redis.call('HSETNX', KEYS[1], ARGV[i], ARGV[i + 1])
 end
-if ARGV[3] == '1' then redis.call('HSET', KEYS[1], '*', '1') end
+-- What Postgres answered counts as long as this mark is here: it goes with the keys.
+if ARGV[3] == '1' then redis.call('HSET', KEYS[1], '*', '1') else redis.call('HSET', KEYS[1], '?', ARGV[1]) end
 if redis.call('EXISTS', KEYS[3]) == 0 then redis.call('EXPIRE', KEYS[1], ARGV[2]) end
 return {'OK'}
