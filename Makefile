@@ -19,6 +19,7 @@ help:
 	@echo 'make run       run all of Chatkeep on this machine (ARGS="--port 8080" for another port)'
 	@echo 'make test      all tests, on real servers (ARGS="tests/worker -k flush" for some)'
 	@echo 'make check     lint, types, schema drift'
+	@echo 'make crash     two minutes of kills, cuts and losses (ARGS="--seed 7 --minutes 60 --faults kill-storm"; --faults list: which)'
 	@echo 'make bench     measure it beside what it replaces, on a quiet machine (ARGS="--rows 1,6"); make bench-long: the long rows too'
 	@echo 'make format    put the code into the form that check asks for'
 	@echo 'make lock      pin again what pyproject.toml asks for (needs uv)'
@@ -50,6 +51,10 @@ check: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m tests.schema
+
+.PHONY: crash
+crash: $(INSTALLED)
+	$(PY) -m tests.crash $(ARGS)
 
 .PHONY: bench bench-long
 bench: $(INSTALLED)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import glob
 import os
 import random
 import secrets
@@ -43,7 +42,7 @@ from worker.processes import Claim, spawn
 
 SHARDS = 16
 READY_SECONDS = 60.0
-LIBRARIES = ("/usr/lib/*/faketime/libfaketime.so.1", "/usr/local/lib/faketime/libfaketime.so.1")
+LIBRARIES = ("lib/*/faketime/libfaketime.so.1", "local/lib/faketime/libfaketime.so.1")
 SETTINGS = {
     "CACHE_TTL_SECONDS": "4",
     "FLUSH_BATCH_MAX": "200",
@@ -131,9 +130,7 @@ class Program(Part):
         output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             # Not in the repository: a developer's `.env` is not this run's.
-            self._process = spawn(
-                self._argv, claim=self._claim, output=output, env=self.env | self.extra, directory=self.log.parent
-            )
+            self._process = spawn(self._argv, claim=self._claim, output=output, env=self.env | self.extra, directory=self.log.parent)
         finally:
             os.close(output)
 
@@ -184,21 +181,24 @@ class Cluster:
     event: Callable[..., None]
     apis: int = 2
     workers: int = 2
-    crashpoint: str = ""
-    """Handed to all of our own processes at their first start."""
+    crash_orders: Path | None = None
+    """Where our own processes look for orders to kill themselves (`worker/crashpoints.py`)."""
     parts: list[Part] = field(default_factory=list)
     links: dict[str, Link] = field(default_factory=dict)
     troubles: list[str] = field(default_factory=list)
     kills: dict[str, int] = field(default_factory=dict)
+    _keepers: list[asyncio.Task[None]] = field(default_factory=list)
 
-    async def start(self) -> None:
-        """Starts the stores, the links, and then the processes; returns when the API can acknowledge."""
+    def __post_init__(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
         self._claim = Claim(self.home)
-        self._claim.take()
         self.valkey = TracedValkey(self.home)
         self.broker = Broker(self.home)
         self.postgres = EmbeddedPostgres(self.home, settings={"max_connections": "100", "log_min_messages": "log"})
+
+    async def start(self) -> None:
+        """Starts the stores, the links, and then the processes; returns when the API can acknowledge."""
+        self._claim.take()
         servers = [Server(self.valkey, "valkey"), Server(self.broker, "broker"), Server(self.postgres, "postgres")]
         self.parts = [*servers]
         await asyncio.gather(*(asyncio.to_thread(server.start) for server in servers))
@@ -214,7 +214,8 @@ class Cluster:
             if isinstance(part, Program):
                 part.start()
         self._keepers = [asyncio.create_task(self._keep(part)) for part in self.parts]
-        await self.until_ready(READY_SECONDS)
+        if wrong := await self.until_ready(READY_SECONDS):
+            raise RuntimeError(f"not ready {READY_SECONDS:.0f} s after the start: {wrong}")
 
     async def end(self) -> None:
         """Ends everything, by force: ending in good order is not what is tested here."""
@@ -257,8 +258,8 @@ class Cluster:
             "CELERY_BROKER_URL": _through(self.broker.url, ports["broker"]),
         }
         program = Program(name, kind, argv, env, self._claim, self.home / f"{name}.log")
-        if self.crashpoint:
-            program.extra = {"CRASHPOINT": self.crashpoint}
+        if self.crash_orders:
+            program.env["CHATKEEP_CRASH_ORDERS"] = str(self.crash_orders)
         self.parts.append(program)
 
     # Keeping it alive
@@ -270,8 +271,6 @@ class Cluster:
                 continue
             part.deaths += 1
             self.event("died", part=part.name, code=getattr(part, "code", None))
-            if isinstance(part, Program):
-                part.extra.pop("CRASHPOINT", None)
             await asyncio.sleep(self.chance.uniform(0.0, 0.6))
             if part.pid is not None or not part.wanted:
                 continue
@@ -295,7 +294,9 @@ class Cluster:
         while True:
             dead = [part.name for part in self.parts if part.pid is None]
             answers = await asyncio.gather(*(ask(port, "/readyz") for port in self.api_ports))
-            unready = [f"api{i}" for i, answer in enumerate(answers) if answer is None or answer.status != 200 or answer.json()["status"] != "ok"]
+            unready = [
+                f"api{i}" for i, answer in enumerate(answers) if answer is None or answer.status != 200 or answer.json()["status"] != "ok"
+            ]
             if not dead and not unready:
                 return ""
             if time.monotonic() > deadline:
@@ -351,7 +352,7 @@ class Cluster:
 
     def kill(self, pids: Iterable[int], what: str) -> None:
         """SIGKILL; all of these count as one kill."""
-        if any([_send(pid, signal.SIGKILL) for pid in pids]):
+        if sum(_send(pid, signal.SIGKILL) for pid in pids):
             self.kills[what] = self.kills.get(what, 0) + 1
 
     def freeze(self, pids: Iterable[int]) -> list[int]:
@@ -371,7 +372,7 @@ class Cluster:
 def clock_library() -> str | None:
     """libfaketime, where it is installed (or where CHATKEEP_FAKETIME says)."""
     given = os.environ.get("CHATKEEP_FAKETIME")
-    found = [given] if given else [path for pattern in LIBRARIES for path in glob.glob(pattern)]
+    found = [given] if given else [str(path) for pattern in LIBRARIES for path in Path("/usr").glob(pattern)]
     return found[0] if found and Path(found[0]).exists() else None
 
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -24,6 +25,7 @@ import redis
 from tests.crash.cluster import SHARDS, Part, Program, Server, TracedValkey, clock_library
 from worker import keys
 from worker.codec import message_body
+from worker.errors import ConfigurationError
 from worker.redis import REFRESH_SECONDS
 
 if TYPE_CHECKING:
@@ -89,11 +91,10 @@ async def _kill_postgres(run: Run, seconds: float) -> None:
     part.wanted = False
     try:
         pids = part.pids()
-        if run.chance.random() < 0.5:
+        if run.chance.random() < 0.7:
             run.cluster.kill(pids, "postgres")
         elif pids:
-            os.kill(pids[0], signal.SIGQUIT)  # "immediate": no checkpoint, recovery at the next start
-            run.cluster.kills["postgres"] = run.cluster.kills.get("postgres", 0) + 1
+            os.kill(pids[0], signal.SIGQUIT)  # "immediate": no checkpoint, recovery at the next start; not counted as a kill
         await asyncio.sleep(seconds * run.chance.random())
     finally:
         part.wanted = True
@@ -117,15 +118,47 @@ async def _end_backends(run: Run, seconds: float) -> None:
         await asyncio.sleep(min(0.2, seconds / 10))
 
 
+STORM: tuple[tuple[str, float, int], ...] = (
+    ("worker child", 0.7, 45),
+    ("valkey", 0.5, 25),
+    ("postgres backend", 1.0, 10),
+    ("broker", 0.5, 4),
+    ("api", 4.0, 6),
+    ("worker", 6.0, 5),
+    ("beat", 6.0, 2),
+    ("postgres", 3.0, 3),
+)
+"""What a storm kills, how old it has to be by then (so that it had recovered and was at work), and how often it is chosen."""
+STORM_SECONDS = 15.0
+
+
 @fault("kill-storm")
 async def _kill_storm(run: Run, seconds: float) -> None:
-    """One of our own processes after another."""
-    until = time.monotonic() + seconds
+    """One process after another, of every kind; the cheap ones more often."""
+    until = time.monotonic() + STORM_SECONDS
+    kinds, ages, weights = zip(*STORM, strict=True)
     while time.monotonic() < until:
-        part = run.chance.choice([part for part in run.cluster.parts if isinstance(part, Program)])
-        pids = part.children()[:1] if part.kind == "worker" and run.chance.random() < 0.7 else part.pids()[:1]
-        run.cluster.kill(pids, part.kind if pids and pids[0] == part.pid else f"{part.kind} child")
-        await asyncio.sleep(run.chance.uniform(0.1, 0.8))
+        kind = run.chance.choices(kinds, weights)[0]
+        victims = [pids for pids in _victims(run, kind) if _age(pids[0]) > ages[kinds.index(kind)]]
+        if victims:
+            run.cluster.kill(run.chance.choice(victims), kind)
+        await asyncio.sleep(run.chance.uniform(0.02, 0.25))
+
+
+def _victims(run: Run, kind: str) -> list[list[int]]:
+    """The processes of a kind that are there; each as the pids that die together."""
+    if kind == "worker child":
+        return [[pid] for part in run.cluster.of("worker") for pid in part.children()]
+    if kind == "postgres backend":
+        return [[pid] for pid in run.cluster.of("postgres")[0].children() if " chatkeep 127.0.0.1" in _title(pid)]
+    found = [part.pids() for part in run.cluster.of(kind)]
+    return [pids if kind == "postgres" else pids[:1] for pids in found if pids]
+
+
+def _age(pid: int) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return time.time() - psutil.Process(pid).create_time()
+    return 0.0
 
 
 # Frozen
@@ -251,7 +284,8 @@ async def _traced(run: Run, part: Server, valkey: TracedValkey, options: tuple[s
         await asyncio.to_thread(_kill_now, run, part)
         valkey.tracing = options
         try:
-            await asyncio.to_thread(part.start)
+            with contextlib.suppress(ConfigurationError):  # what is injected may strike before it is ready: also a way to die
+                await asyncio.to_thread(part.start)
             yield
         finally:
             await asyncio.to_thread(_kill_now, run, part)
@@ -266,11 +300,11 @@ def _kill_now(run: Run, part: Server) -> None:
     part.end()
 
 
-def _unsynced(log: os.PathLike[str]) -> int:
+def _unsynced(log: Path) -> int:
     """How many bytes strace saw written after the last fsync that came to its end."""
     pending: dict[str, str] = {}
     size = 0
-    with open(log, errors="replace") as file:
+    with log.open(errors="replace") as file:
         for line in file:
             found = re.match(r"(\d+)\s+(?:<\.\.\. )?(write|fdatasync|fsync)(.*)$", line)
             if not found:
@@ -407,12 +441,14 @@ def _clock_fault(kind: str) -> Fault:
         offset = run.chance.choice(("-3600s", "+3600s"))
         extra = {"LD_PRELOAD": clock_library() or "", "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKETIME_NO_CACHE": "1"}
         _shift(part, extra)
+        run.workload.clock_off_until = float("inf") if kind == "api" else run.workload.clock_off_until
         run.cluster.kill(part.pids()[:1], part.kind)
         try:
             await asyncio.sleep(max(seconds, 4.0))
         finally:
             _shift(part, {})
             run.cluster.kill(part.pids()[:1], part.kind)
+            run.workload.clock_off_until = time.monotonic() + 1.0 if kind == "api" else run.workload.clock_off_until
 
     return shift
 

@@ -151,9 +151,7 @@ def items(messages: Iterable[dict[str, Any]]) -> list[Item]:
 
 
 def _asked(operation: Operation) -> dict[str, Any]:
-    return {
-        name: value for name in _FIELDS if name not in _ANSWER and (value := getattr(operation, name)) != _DEFAULTS.get(name, _NOTHING)
-    }
+    return {name: value for name in _FIELDS if name not in _ANSWER and (value := getattr(operation, name)) != _DEFAULTS.get(name, _NOTHING)}
 
 
 def _answered(operation: Operation) -> dict[str, Any]:
@@ -161,12 +159,9 @@ def _answered(operation: Operation) -> dict[str, Any]:
 
 
 def _apply(operation: Operation, answer: dict[str, Any]) -> None:
+    made = {"messages": Item, "conversations": Listed}
     for name, value in answer.items():
-        if name == "messages":
-            value = [Item(**one) for one in value]
-        elif name == "conversations":
-            value = [Listed(**one) for one in value]
-        setattr(operation, name, value)
+        setattr(operation, name, [made[name](**one) for one in value] if name in made else value)
 
 
 _NOTHING = object()

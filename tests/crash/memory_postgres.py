@@ -392,7 +392,7 @@ def _insert(one: Transaction, table: str, row: Row, target: str | None, tolerant
 
 @lru_cache
 def _update(words: str) -> tuple[list[str], Callable[[Transaction, Row], int]]:
-    """`UPDATE conversation c SET ... FROM (VALUES ...) AS v (...) WHERE ...`: the names of the values, and what to do with a row of them."""
+    """`UPDATE conversation c SET ... FROM (VALUES ...) AS v (...) WHERE ...`: the names of the values, and what to do with each."""
     found = re.match(r"UPDATE conversation c SET (.*) FROM \(VALUES %s\) AS v \((.*?)\) WHERE (.*)$", words)
     assert found, f"the model does not know this statement: {words}"
     assignments = [part.split(" = ", 1) for part in _parts(found[1])]
@@ -423,8 +423,11 @@ def _query(words: str) -> Callable[[Transaction, Any], list[tuple[Any, ...]]]:
     if found := re.match(r"SELECT (.*) FROM \((SELECT \*, sum\(octet_length\((\w+)\)\) OVER .*)\) AS latest ORDER BY .*$", words):
         return _with_sizes(found[1], found[2], found[3])
     exists = re.match(r"SELECT EXISTS \(SELECT(.*)\)$", words)
-    found = re.match(r"SELECT ?(.*?) ?FROM (\w+)(?: WHERE (.*?))?(?: ORDER BY (.*?))?(?: LIMIT :(\w+))?$", "SELECT" + exists[1] if exists else words)
-    assert found and found[2] in _COLUMNS, f"the model does not know this statement: {words}"
+    found = re.match(
+        r"SELECT ?(.*?) ?FROM (\w+)(?: WHERE (.*?))?(?: ORDER BY (.*?))?(?: LIMIT :(\w+))?$", "SELECT" + exists[1] if exists else words
+    )
+    assert found, f"the model does not know this statement: {words}"
+    assert found[2] in _COLUMNS, f"the model does not know this statement: {words}"
     columns, table, where, order, limit = found.groups()
     if columns.startswith("max("):
         name = columns[4:-1]

@@ -312,7 +312,11 @@ class World:
         return Final(
             conversations=[
                 ConversationRow(
-                    row["id"], row["user_id"], digest(row["title"]) if row["title"] else "", row["deleted_at"] is not None, row["idempotency_key"]
+                    row["id"],
+                    row["user_id"],
+                    digest(row["title"]) if row["title"] else "",
+                    row["deleted_at"] is not None,
+                    row["idempotency_key"],
                 )
                 for row in tables["conversation"].values()
             ],
@@ -328,7 +332,9 @@ class World:
             log_entries=self._pending(),
             log_bytes=sum(int(self.redis.execute("GET", keys.backlog_bytes(shard)) or 0) for shard in range(self.settings.shards)),
             lasting_keys=[
-                key.decode() for key, (_, expires) in self.redis.snapshot().items() if not expires and key.rsplit(b":", 1)[1] not in _LASTING
+                key.decode()
+                for key, (_, expires) in self.redis.snapshot().items()
+                if not expires and key.rsplit(b":", 1)[1] not in _LASTING
             ],
         )
 
@@ -357,7 +363,11 @@ def installed() -> Iterator[None]:
 
 def _current(name: str) -> Callable[..., Any]:
     """The Postgres of the world whose actor asks."""
-    return lambda *arguments, **options: getattr(_actor().world.postgres, name)(*arguments, **options)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        return getattr(_actor().world.postgres, name)(*arguments, **options)
+
+    return call
 
 
 def _actor() -> Actor:

@@ -64,7 +64,7 @@ MUTANTS = (
                 "    early = await log.threads.run(\n"
                 "        partial(\n"
                 '            committed.read_page, user_id, conversation_id, "before", start=before, end=None, count=limit + 1,\n'
-                "            with_conversation=False, look_beyond=False,\n"
+                "            look_beyond=False,\n"
                 "        )\n"
                 "    )\n"
                 '    cached = await log.read(user_id, conversation_id, "before", before, limit + 1)\n',
@@ -72,7 +72,8 @@ MUTANTS = (
             Edit(
                 "api/history.py",
                 "        newest_first += below.messages\n",
-                "        newest_first += tuple(one for one in early.messages if seam is None or one.id < seam)[: limit + 1 - len(newest_first)]\n",
+                "        lacking = limit + 1 - len(newest_first)\n"
+                "        newest_first += tuple(one for one in early.messages if seam is None or one.id < seam)[:lacking]\n",
             ),
         ),
     ),
@@ -216,20 +217,21 @@ MUTANTS = (
         (
             Edit(
                 "api/history.py",
-                "        below = await log.threads.run(\n            partial(\n                committed.read_page,\n                user_id,\n"
-                '                conversation_id,\n                "before",',
-                "        below = await _if_possible(log,\n            partial(\n                committed.read_page,\n                user_id,\n"
+                "        below = await log.threads.run(\n            partial(\n                committed.read_page,\n"
+                '                user_id,\n                conversation_id,\n                "before",',
+                "        below = await _if_possible(\n            log,\n            cached,\n            partial(\n"
+                "                committed.read_page,\n                user_id,\n"
                 '                conversation_id,\n                "before",',
             ),
             Edit(
                 "api/history.py",
                 "async def _read_after(",
-                "async def _if_possible(log, work):\n"
+                "async def _if_possible(log, cached, work):\n"
                 "    from worker.errors import PostgresUnavailable\n\n"
                 "    try:\n"
                 "        return await log.threads.run(work)\n"
                 "    except PostgresUnavailable:\n"
-                "        return committed.CommittedPage(None, (), False)\n\n\n"
+                "        return committed.CommittedPage(cached and cached.conversation, (), False)\n\n\n"
                 "async def _read_after(",
             ),
         ),
@@ -286,7 +288,9 @@ def _run(tree: Path, arguments: Sequence[str], seconds: float) -> tuple[int | No
     """Runs a tier; None if it was not done in time."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *arguments]
     env = os.environ | {"CHATKEEP_MUTANT": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen(command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=tree, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         output, _ = process.communicate(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:

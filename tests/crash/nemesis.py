@@ -35,13 +35,14 @@ TURN_SECONDS = 60.0
 HANG_SECONDS = 2.0
 """A call without an answer is no hang if its process was dead or frozen within this of it."""
 ROUND_SECONDS = 240.0
-GATE_EVERY = 6
+GATE_SECONDS = 20.0
+"""Between two gates, about."""
 MEMORY_SPARE_BYTES = 1 << 20
 
 QUICK = (
-    *("kill-api", "kill-worker", "kill-worker-child", "kill-valkey", "kill-postgres", "kill-backend", "freeze-worker-child", "freeze-postgres"),
-    *("valkey-fsync-kill", "valkey-power-loss", "cache-emptied", "broker-emptied", "poison", "api-valkey:lose-replies"),
-    *("api-valkey:lose-requests", "worker-valkey:lose-replies", "worker-postgres:lose-replies", "valkey-not-durable"),
+    *("valkey-fsync-kill", "valkey-power-loss", "kill-storm", "freeze-worker-child", "freeze-postgres", "cache-emptied", "poison"),
+    *("broker-emptied", "api-valkey:lose-replies", "api-valkey:lose-requests", "worker-valkey:lose-replies"),
+    *("worker-postgres:lose-replies", "valkey-not-durable", "valkey-power-loss"),
 )
 """What a minute has to hold: one of each kind, the dangerous ones first."""
 
@@ -151,18 +152,17 @@ class Run:
 
     async def _trouble(self, until: float, script: Sequence[str], clients: asyncio.Task[None]) -> None:
         planned = list(script)
-        count = 0
+        last_gate = time.monotonic()
         await asyncio.sleep(1.0)
         while not clients.done() and (planned if script else time.monotonic() < until):
             names = [planned.pop(0)] if planned else self._choose()
             await self._strike([name for name in names if name in self.faults])
-            count += 1
             await asyncio.sleep(self.chance.uniform(0.1, 0.8))
-            if count % GATE_EVERY == 0:
+            if time.monotonic() > last_gate + GATE_SECONDS:
                 self._progress()
-                if not script:
-                    await self._settle(f"after {', '.join(names)}")
-            if self.cluster.troubles or self.workload.faulty:
+                await self._settle(f"after {', '.join(names)}")
+                last_gate = time.monotonic()
+            if self.cluster.troubles or self.workload.faulty or self.report.violations:
                 return
 
     def _choose(self) -> list[str]:
@@ -262,7 +262,9 @@ class Run:
             final.log_entries = sum(client.xlen(f"ck:{{s{shard:02d}}}:log") for shard in range(SHARDS))
             final.log_bytes = sum(int(client.get(f"ck:{{s{shard:02d}}}:bytes") or 0) for shard in range(SHARDS))
             final.lasting_keys = [
-                key.decode() for key in client.scan_iter("ck:*", count=1000) if client.pttl(key) == -1 and key.rsplit(b":", 1)[1] not in _LASTING
+                key.decode()
+                for key in client.scan_iter("ck:*", count=1000)
+                if client.pttl(key) == -1 and key.rsplit(b":", 1)[1] not in _LASTING
             ]
         memory = self._lasting_memory()
         if memory > self._base_memory * 1.05 + MEMORY_SPARE_BYTES:
@@ -344,7 +346,8 @@ def _deep(cursor: Any, round_number: int) -> list[Violation]:
         "(SELECT FROM conversation c WHERE (c.id, c.user_id) = (m.conversation_id, m.user_id))",
         "messages of deleted conversations": "SELECT count(*) FROM message m JOIN conversation c ON c.id = m.conversation_id "
         "WHERE c.deleted_at IS NOT NULL",
-        "ids above what their shard has noted": "SELECT count(*) FROM message m JOIN shard s ON s.number = m.id % 64 WHERE m.id > s.last_id",
+        "ids above what their shard has noted": "SELECT count(*) FROM message m JOIN shard s ON s.number = m.id % 64 "
+        "WHERE m.id > s.last_id",
         "replies without the message they reply to": "SELECT count(*) FROM message r WHERE r.idempotency_key LIKE 'r:%' AND NOT EXISTS "
         "(SELECT FROM message m WHERE m.conversation_id = r.conversation_id AND m.id = substr(r.idempotency_key, 3)::bigint)",
     }
@@ -379,9 +382,13 @@ def _subject(name: str) -> str:
     for store in ("valkey", "broker", "postgres"):
         if store in name:
             return store
-    return {"cache-emptied": "valkey", "poison": "poison", "kill-backend": "postgres", "freeze-backend": "postgres", "end-backends": "postgres"}.get(
-        name, name.split("-", 1)[-1]
-    )
+    return {
+        "cache-emptied": "valkey",
+        "poison": "poison",
+        "kill-backend": "postgres",
+        "freeze-backend": "postgres",
+        "end-backends": "postgres",
+    }.get(name, name.split("-", 1)[-1])
 
 
 def _balanced(names: Sequence[str], chance: random.Random) -> list[str]:

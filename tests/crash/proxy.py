@@ -150,7 +150,9 @@ class Link:
             connection.reset()
             self._connections.discard(connection)
 
-    async def _pump(self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection) -> None:
+    async def _pump(
+        self, direction: Direction, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection
+    ) -> None:
         with contextlib.suppress(OSError):  # the other side is gone
             while data := await reader.read(_CHUNK):
                 if not await self._pass(direction, data, writer):
@@ -167,6 +169,8 @@ class Link:
             await asyncio.sleep(self.delay * self._chance.uniform(0.2, 1.8))
         if self.mode == "slice" and len(data) < 4096:
             for at in range(0, len(data), 7):
+                if writer.is_closing():  # reset meanwhile
+                    return False
                 writer.write(data[at : at + 7])
                 await asyncio.sleep(0.001)
         else:

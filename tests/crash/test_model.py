@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import itertools
 import os
-import random
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from typing import Any, ClassVar, TypeAlias
 from unittest import mock
 
 import pytest
-import redis
-import sqlalchemy as sa
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -25,14 +21,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 import worker.flush
 import worker.loading
 import worker.persist
-from tests import core
-from tests.crash import memory_postgres, model
-from tests.crash.memory_postgres import MemoryPostgres
-from tests.crash.memory_redis import CommandError, MemoryRedis, Ranks, Stream
+from tests.crash import model
 from tests.crash.model import Actor, Fate, World
-from worker import database, keys
-from worker.pending import RawEntry
-from worker.settings import Settings
 
 USERS = (2, 4, 3)
 """The first two share a shard."""
@@ -57,9 +47,11 @@ How: TypeAlias = tuple[int, Fate]
 AT_ONCE: How = (_TO_THE_END, Fate.WORKS)
 _HOW = st.tuples(
     st.sampled_from([_TO_THE_END, _TO_THE_END, *range(13)]),
-    st.sampled_from([*[Fate.WORKS] * 5, Fate.REQUEST_LOST, Fate.REPLY_LOST, Fate.LATE, Fate.KILLED_BEFORE, Fate.KILLED_AFTER, Fate.KILLED_AFTER]),
+    st.sampled_from(
+        [*[Fate.WORKS] * 5, Fate.REQUEST_LOST, Fate.REPLY_LOST, Fate.LATE, Fate.KILLED_BEFORE, Fate.KILLED_AFTER, Fate.KILLED_AFTER]
+    ),
 )
-"""How many steps of a call run at once, and what becomes of the last; if it has not ended then, it stands there for the schedule to move."""
+"""How many steps of a call run at once, and what becomes of the last; if it has not ended then, it stands there until it is moved."""
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
@@ -277,7 +269,7 @@ class Scene:
 
 
 SETTINGS: tuple[tuple[str, ...], ...] = (("rename",), ("flush", "say"), ("flush", "wait"), ("flush", "empty", "back"))
-"""What was done before: everything is pending, nothing but the last message is, everything is forgotten by the cache, or by all of Redis."""
+"""What was done before: everything is pending, nothing but the last message is, the cache has forgotten everything, or all of Redis has."""
 DOINGS = ("flush", "read", "say_again", "create", "delete", "rename", "say", "create_new", "read_on", "list")
 MEANWHILE: tuple[tuple[str, ...], ...] = (
     ("flush",),

@@ -23,7 +23,16 @@ MESSAGES_MAX = 300
 """A conversation with more is left alone, so that reading one stays cheap."""
 CONVERSATIONS = 5
 """That a user is at work in."""
-_NASTY = ("שלום עולם", "a\tb\\n\r\nc\\\\.", "🦀👩‍👩‍👧‍👦", "\u2028\u2029\x0b\x85", "' OR 1=1 --", "</script>", "\u200f\ufeff", "%s %(x)s {0}")
+_NASTY = (
+    "שלום עולם",
+    "a\tb\\n\r\nc\\\\.",
+    "🦀👩‍👩‍👧‍👦",
+    "\u2028\u2029\x0b\x85",
+    "' OR 1=1 --",
+    "</script>",
+    "\u200f\ufeff",
+    "%s %(x)s {0}",
+)
 _REFUSED: tuple[tuple[str, bytes], ...] = (
     ("NUL", b'{"role":"user","content":"MARK \\u0000"}'),
     ("half a pair", b'{"role":"user","content":"MARK \\ud800"}'),
@@ -81,6 +90,8 @@ class Workload:
     """The longest write that was answered."""
     faulty: list[str] = field(default_factory=list)
     """What no client may ever see."""
+    clock_off_until: float = 0.0
+    """So long an API process may take a good token for one of another time."""
     hangs: list[tuple[Operation, float, int]] = field(default_factory=list)
     """Calls that had no answer in time: when they began, and at which API process."""
     _serial: int = 0
@@ -189,7 +200,9 @@ class _Session:
         number, text, role, key = self._chance.choice(self._person.again)
         if any(one.id == number and not one.deleted for one in self._person.conversations):
             operation = self._invoke("append", conversation=number, text=digest(text + "!"), role=role, note="key of another text")
-            answer = await self._call(operation, "POST", f"/api/conversations/{number}/messages", {"role": role, "content": text + "!"}, key)
+            answer = await self._call(
+                operation, "POST", f"/api/conversations/{number}/messages", {"role": role, "content": text + "!"}, key
+            )
             if answer is not None and answer.status in (200, 201):
                 # Right if the first attempt never arrived: then this is the first use of the key. The checker sees which.
                 operation.key = key
@@ -390,7 +403,9 @@ class _Session:
             return None
         if answer.status < 300:
             return answer
-        if answer.status == 503 or (answer.status == 502 and operation.kind == "turn"):
+        if answer.status == 401 and operation.started < self._workload.clock_off_until:
+            history.end(operation, "fail", note="clock")
+        elif answer.status == 503 or (answer.status == 502 and operation.kind == "turn"):
             history.end(operation, "info", status=answer.status)
             if answer.status == 503 and "retry-after" not in answer.headers:
                 self._workload.faulty.append(f"op {operation.op}: 503 without Retry-After")
