@@ -86,14 +86,17 @@ class Final:
     """What whoever made this saw by itself: hangs, wedges, leaks, memory."""
 
 
-def check(operations: Iterable[Operation], final: Final | None) -> list[Violation]:
-    """Every violation that is found (of one kind at one place only the first). Without `final`, only what the answers say."""
+def check(operations: Iterable[Operation], final: Final | None, earlier: frozenset[int] = frozenset()) -> list[Violation]:
+    """Every violation that is found (of one kind at one place only the first). Without `final`, only what the answers say.
+
+    `earlier` are conversations of a history that was judged before: lists still show them.
+    """
     index = _Index(list(operations))
     found = [*index.violations]
     for conversation in index.by_conversation.values():
         found += _check_conversation(conversation)
     found += _check_keys(index)
-    found += _check_lists(index)
+    found += _check_lists(index, earlier)
     found += _check_probes(index)
     if final is not None:
         found += _check_final(index, final)
@@ -334,7 +337,7 @@ def _check_keys(index: _Index) -> Iterator[Violation]:
             yield Violation(3, f"op {one.op}: the key of {first[0]} was accepted for another request")
 
 
-def _check_lists(index: _Index) -> Iterator[Violation]:
+def _check_lists(index: _Index, earlier: frozenset[int]) -> Iterator[Violation]:
     owners = {one.id: one.owner for one in index.by_conversation.values()}
     unheard: dict[int, set[int]] = defaultdict(set)
     of_user: dict[int, list[_Conversation]] = defaultdict(list)
@@ -349,7 +352,7 @@ def _check_lists(index: _Index) -> Iterator[Violation]:
         positions = [(one.updated, one.id) for one in listing.conversations]
         if positions != sorted(positions, reverse=True):
             yield Violation(4, f"op {listing.op}: a list is not in the order of activity")
-        for number in shown:
+        for number in shown.keys() - earlier:
             if owners.get(number, listing.user) != listing.user:
                 yield Violation(7, f"op {listing.op}: the list of user {listing.user} shows {number} of user {owners[number]}")
             elif number not in owners or index.by_conversation[number].created == EVER:

@@ -309,12 +309,12 @@ class Run:
             final.conversations = [row for row in final.conversations if row.id not in earlier]
             final.messages = [row for row in final.messages if row.conversation not in earlier]
             self._earlier = earlier | {row.id for row in final.conversations}
-            self.report.violations += check(operations, final)
+            self.report.violations += check(operations, final, earlier)
         elif not self.report.violations:
             self.report.violations += check(operations, None)
         self.history.close()
 
-    _earlier: frozenset[int] | set[int] = frozenset()
+    _earlier: frozenset[int] = frozenset()
 
     def _hangs(self) -> list[Violation]:
         found = []
