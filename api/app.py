@@ -3,7 +3,7 @@
 `app` is made when it is first asked for, so that importing this module needs no settings; a setting that is missing or wrong ends the
 process with one line. What the routes share lies in `app.state`:
 
-    settings  tokens  passwords  readiness  redis_sync (for /metrics)
+    settings  tokens  refresh_tokens  ended (sign-ins)  passwords  readiness  redis_sync (for /metrics)
     log       the pending log (`worker/pending.py`)
     turns     running chat replies (`api/turns.py`)
 """
@@ -33,12 +33,14 @@ from api.streams import OpenStreams
 from api.tokens import Tokens
 from api.turns import Turns
 from worker import database, logs
+from worker.ended import EndedSignIns
 from worker.errors import ChatkeepError, ConfigurationError
 from worker.events import EventHub
 from worker.pending import PendingLog
 from worker.redis import DurabilityMonitor, connect, connect_sync
 from worker.replies import ReplyStreams
 from worker.settings import Settings, get_settings
+from worker.sign_ins import RefreshTokens
 
 STATIC = Path(__file__).parent / "static"
 
@@ -76,6 +78,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = chosen
     app.state.tokens = Tokens(chosen.jwt_secret.get_secret_value(), chosen.access_token_seconds)
+    app.state.refresh_tokens = RefreshTokens(chosen.jwt_secret.get_secret_value(), chosen.refresh_token_seconds)
     app.state.responder = responder(chosen)
     for router in (auth.router, conversations.router, chat.router, events.router, health.router):
         app.include_router(router)
@@ -148,7 +151,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.events = EventHub(client, settings)
         stack.push_async_callback(app.state.events.close)
         await app.state.events.start()
-        app.state.streams = OpenStreams(settings.streams_per_user_max)
+        app.state.streams = OpenStreams(settings.streams_per_user_max, lambda sign_in: bool(app.state.ended.knows(sign_in)))
+        app.state.ended = EndedSignIns(client, settings, app.state.streams.end)
+        stack.push_async_callback(app.state.ended.close)
+        await app.state.ended.start()
 
         app.state.readiness = Readiness(settings, monitor, app.state.log.threads)
         app.state.passwords = Passwords()

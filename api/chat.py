@@ -67,7 +67,7 @@ async def message(
     begun = await turns.begin(user.id, session_id, body.message, key)
     headers = acknowledgement(settings, begun.replayed)
     if streamed:
-        return reply_stream(request, user.id, session_id, begun=begun, ai_sdk=ai_sdk, headers=headers)
+        return reply_stream(request, user, session_id, begun=begun, ai_sdk=ai_sdk, headers=headers)
     reply = await asyncio.shield(begun.reply)  # a client that hangs up does not stop it
     turn = _session(session_id) | {
         "reply": orjson.loads(reply.message.body)["content"],
@@ -104,7 +104,7 @@ async def stream(
     after = "" if ai_sdk else last_event_id
     if not await turns.is_running(session_id, after):
         return Response(status_code=204)
-    return reply_stream(request, user.id, session_id, begun=None, after=after, ai_sdk=ai_sdk)
+    return reply_stream(request, user, session_id, begun=None, after=after, ai_sdk=ai_sdk)
 
 
 @router.post("/{session_id}/stop", status_code=202, response_model=Session, responses=problems(401, 404, 503))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
@@ -31,14 +31,15 @@ async def events(
 
     `message` (a Message), `conversation` (a Conversation), `conversation_deleted` (`{"id"}`), `committed` (`{"conversation_id","up_to"}`:
     every message up to this id is committed), `reply` (`{"conversation_id","running"}`), `resync` (`{}`: something may have been missed,
-    read the lists again; also the first event of a first visit).
+    read the lists again; also the first event of a first visit). The stream ends with the sign-in, and when the access token expires.
     """
     request.app.state.streams.check(user.id)
     hub: EventHub = request.app.state.events
-    return CountedStream(_wire(hub.subscribe(user.id, last_event_id)), request.app.state.streams, user.id, {})
+    wire = _wire(hub.subscribe(user.id, last_event_id))
+    return CountedStream(wire, request.app.state.streams, user, {}, until=user.expires)
 
 
-async def _wire(found: AsyncIterator[UserEvent | None]) -> AsyncIterator[bytes]:
+async def _wire(found: AsyncIterator[UserEvent | None]) -> AsyncGenerator[bytes, None]:
     try:
         async for event in found:
             if event is None:

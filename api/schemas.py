@@ -139,6 +139,7 @@ class TokenOut(BaseModel):
     access_token: str
     token_type: Literal["bearer"] = "bearer"  # noqa: S105 - the name of a scheme
     expires_in: int
+    refresh_token: str
 
 
 class ConversationOut(BaseModel):

@@ -7,8 +7,9 @@ cursor: its client drops what it had and is given the whole reply again.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -17,6 +18,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
 from api.errors import describe_problem
+from api.tokens import User
 from api.turns import Begun, Turns
 from worker.errors import ChatkeepError, TooManyStreams
 from worker.replies import Event
@@ -36,47 +38,97 @@ async def ai_sdk_asked(
 
 
 class OpenStreams:
-    """How many event streams each user has open in this process."""
+    """The event streams that are open in this process: how many each user has, and which end with a sign-in."""
 
-    def __init__(self, per_user_max: int) -> None:
+    def __init__(self, per_user_max: int, has_ended: Callable[[str], bool] = lambda _: False) -> None:
         self._per_user_max = per_user_max
+        self._has_ended = has_ended
         self._open: Counter[int] = Counter()
+        self._of_sign_in: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
     def check(self, user_id: int) -> None:
         """Raises `TooManyStreams` at the limit. Before anything is stored."""
         if self._open[user_id] >= self._per_user_max:
             raise TooManyStreams()
 
-    def reserve(self, user_id: int) -> None:
-        """Takes one."""
-        self._open[user_id] += 1
+    def reserve(self, user: User) -> asyncio.Event:
+        """Takes one; the event is set when it has to end, because its user has signed out."""
+        self._open[user.id] += 1
+        over = asyncio.Event()
+        if user.sign_in is not None:
+            self._of_sign_in[user.sign_in].add(over)
+            if self._has_ended(user.sign_in):  # since the request was let in
+                over.set()
+        return over
 
-    def release(self, user_id: int) -> None:
+    def release(self, user: User, over: asyncio.Event) -> None:
         """Gives one back."""
-        self._open[user_id] -= 1
-        if self._open[user_id] <= 0:
-            del self._open[user_id]
+        self._open[user.id] -= 1
+        if self._open[user.id] <= 0:
+            del self._open[user.id]
+        if user.sign_in is not None:
+            self._of_sign_in[user.sign_in].discard(over)
+            if not self._of_sign_in[user.sign_in]:
+                del self._of_sign_in[user.sign_in]
+
+    def end(self, sign_in: str) -> None:
+        """Ends all of this sign-in."""
+        for over in self._of_sign_in.get(sign_in, ()):
+            over.set()
 
 
 class CountedStream(EventSourceResponse):
-    """A stream that counts as open until it ends, however it ends (also before its first byte)."""
+    """A stream that counts as open until it ends, however it ends (also before its first byte), and ends when its user signs out."""
 
-    def __init__(self, content: AsyncIterator[bytes], streams: OpenStreams, user_id: int, headers: dict[str, str]) -> None:
-        super().__init__(content, headers=_HEADERS | headers)
+    def __init__(
+        self,
+        content: AsyncGenerator[bytes, None],
+        streams: OpenStreams,
+        user: User,
+        headers: dict[str, str],
+        *,
+        until: float = float("inf"),
+    ) -> None:
+        self._over = streams.reserve(user)
+        super().__init__(_until(content, self._over), headers=_HEADERS | headers)
         self._streams = streams
-        self._user_id = user_id
-        streams.reserve(user_id)
+        self._user = user
+        self._seconds = until - time.time()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._seconds, self._over.set) if self._seconds < float("inf") else None
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._streams.release(self._user_id)
+            if timer:
+                timer.cancel()
+            self._streams.release(self._user, self._over)
+
+
+async def _until(content: AsyncGenerator[bytes, None], over: asyncio.Event) -> AsyncGenerator[bytes, None]:
+    """What `content` yields, until it ends or has to."""
+    ending = asyncio.ensure_future(over.wait())
+    piece: asyncio.Future[bytes | None] | None = None
+    try:
+        while True:
+            piece = asyncio.ensure_future(anext(content, None))
+            await asyncio.wait({piece, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if over.is_set() or (data := piece.result()) is None:
+                return
+            yield data
+    finally:
+        for waiting in (ending, piece):
+            if waiting is not None:
+                waiting.cancel()
+        if piece is not None:
+            await asyncio.gather(piece, return_exceptions=True)  # a generator cannot be closed while it runs
+        await content.aclose()
 
 
 def reply_stream(
     request: Request,
-    user_id: int,
+    user: User,
     conversation_id: int,
     *,
     begun: Begun | None,
@@ -86,9 +138,9 @@ def reply_stream(
 ) -> StreamingResponse:
     """The running reply: of a turn that has just begun, or of whichever runs, after the event `after`."""
     turns: Turns = request.app.state.turns
-    events = _events(turns, user_id, conversation_id, begun, after)
+    events = _events(turns, user.id, conversation_id, begun, after)
     content = _in_ai_sdk_words(events) if ai_sdk else _in_our_words(events)
-    return CountedStream(content, request.app.state.streams, user_id, (headers or {}) | (_AI_SDK_HEADERS if ai_sdk else {}))
+    return CountedStream(content, request.app.state.streams, user, (headers or {}) | (_AI_SDK_HEADERS if ai_sdk else {}))
 
 
 async def _events(turns: Turns, user_id: int, conversation_id: int, begun: Begun | None, after: str) -> AsyncIterator[Event | None]:
@@ -112,7 +164,7 @@ async def _events(turns: Turns, user_id: int, conversation_id: int, begun: Begun
         yield Event("0-0", "error", orjson.dumps(describe_problem(exc)), last=True)
 
 
-async def _in_our_words(events: AsyncIterator[Event | None]) -> AsyncIterator[bytes]:
+async def _in_our_words(events: AsyncIterator[Event | None]) -> AsyncGenerator[bytes, None]:
     async for event in events:
         if event is None:
             yield KEEPALIVE_COMMENT
@@ -120,7 +172,7 @@ async def _in_our_words(events: AsyncIterator[Event | None]) -> AsyncIterator[by
             yield format_sse_event(event=event.name, data_str=event.data.decode(), id=event.id)
 
 
-async def _in_ai_sdk_words(events: AsyncIterator[Event | None]) -> AsyncIterator[bytes]:
+async def _in_ai_sdk_words(events: AsyncIterator[Event | None]) -> AsyncGenerator[bytes, None]:
     """UI message stream v1: start, text-start, text-delta…, text-end, finish, [DONE]; one text part, named after its message."""
     started = text_open = False
     async for event in events:

@@ -2,6 +2,8 @@
 
 A token is a JWT with one algorithm, HS256. It comes as `Authorization: Bearer …`, or, for the chat page, in an HttpOnly cookie; a browser
 sends a cookie along whoever asked for the request, so with a cookie whatever changes something must come from our own page.
+
+It names its sign-in (`sid`), and is refused once that has ended (`worker/ended.py`). One that names none is good until it expires.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from fastapi.security import OAuth2PasswordBearer
 from fastapi.security.utils import get_authorization_scheme_param
 
 from api.errors import Forbidden, Unauthorized
+from worker.ended import EndedSignIns
 from worker.keys import ID_LIMIT
 
 ALGORITHM = "HS256"
@@ -27,6 +30,9 @@ PURPOSE = "access"
 LEEWAY_SECONDS = 5
 """Clocks of two API hosts may differ by this much."""
 COOKIE = "chatkeep_token"
+REFRESH_COOKIE = "chatkeep_refresh"
+REFRESH_PATH = "/api/auth/session"
+"""The refresh token goes nowhere else."""
 VERIFIED_MAX = 10_000
 """Verified tokens that are remembered: 300 bytes each, and 20 µs saved on every request."""
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -34,9 +40,11 @@ _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Whoever sent the request."""
+    """Whoever sent the request, with which sign-in, and until when (Unix time)."""
 
     id: int
+    sign_in: str | None = None
+    expires: float = float("inf")
 
 
 class Tokens:
@@ -45,19 +53,19 @@ class Tokens:
     def __init__(self, secret: str, lifetime_seconds: int) -> None:
         self._secret = secret
         self.lifetime_seconds = lifetime_seconds
-        self._verified: dict[str, tuple[float, User]] = {}
+        self._verified: dict[str, User] = {}
 
-    def issue(self, user_id: int) -> str:
-        """A new token for this user."""
+    def issue(self, user_id: int, sign_in: str | None = None) -> str:
+        """A new token for this user, of this sign-in."""
         now = int(time.time())
         claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": str(user_id), "iat": now, "exp": now + self.lifetime_seconds, "typ": PURPOSE}
-        return jwt.encode(claims, self._secret, algorithm=ALGORITHM)
+        return jwt.encode(claims | ({"sid": sign_in} if sign_in else {}), self._secret, algorithm=ALGORITHM)
 
     def verify(self, token: str) -> User | None:
         """Whose token this is; None for anything that we did not issue, or that has expired."""
         known = self._verified.get(token)
-        if known is not None and known[0] > time.time():
-            return known[1]
+        if known is not None and known.expires > time.time():
+            return known
         try:
             claims = jwt.decode(
                 token,
@@ -70,13 +78,12 @@ class Tokens:
             )
         except jwt.InvalidTokenError:
             return None
-        user_id = _user_id(claims["sub"])
-        if user_id is None or claims.get("typ") != PURPOSE:
+        user_id, sign_in = _user_id(claims["sub"]), claims.get("sid")
+        if user_id is None or claims.get("typ") != PURPOSE or not (sign_in is None or isinstance(sign_in, str)):
             return None
         if len(self._verified) >= VERIFIED_MAX:
             del self._verified[next(iter(self._verified))]
-        user = User(user_id)
-        self._verified[token] = (float(claims["exp"]), user)
+        user = self._verified[token] = User(user_id, sign_in, float(claims["exp"]))
         return user
 
 
@@ -101,9 +108,14 @@ class _BearerOrCookie(OAuth2PasswordBearer):
             if token and request.method not in _SAFE_METHODS:
                 require_own_page(request)
         user: User | None = request.app.state.tokens.verify(token) if token else None
-        if user is None:
+        if user is None or await _has_ended(request, user):
             raise Unauthorized()
         return user
+
+
+async def _has_ended(request: Request, user: User) -> bool:
+    ended: EndedSignIns = request.app.state.ended
+    return user.sign_in is not None and await ended.has_ended(user.sign_in)
 
 
 current_user = _BearerOrCookie(tokenUrl="/api/auth/token", auto_error=False)
@@ -122,13 +134,16 @@ def require_own_page(request: Request) -> None:
         raise Forbidden()
 
 
-def set_cookie(request: Request, response: Response, token: str, lifetime_seconds: int) -> None:
-    """Hands the token to the browser, out of reach of any script."""
+def set_cookies(request: Request, response: Response, token: str, seconds: int, refresh_token: str, refresh_seconds: int) -> None:
+    """Hands both tokens to the browser, out of reach of any script."""
+    secure = request.url.scheme == "https"
+    response.set_cookie(COOKIE, token, max_age=seconds, path="/", secure=secure, httponly=True, samesite="lax")
     response.set_cookie(
-        COOKIE, token, max_age=lifetime_seconds, path="/", secure=request.url.scheme == "https", httponly=True, samesite="lax"
+        REFRESH_COOKIE, refresh_token, max_age=refresh_seconds, path=REFRESH_PATH, secure=secure, httponly=True, samesite="lax"
     )
 
 
-def clear_cookie(request: Request, response: Response) -> None:
-    """Takes it back."""
-    response.delete_cookie(COOKIE, path="/", secure=request.url.scheme == "https", httponly=True, samesite="lax")
+def clear_cookies(request: Request, response: Response) -> None:
+    """Takes them back."""
+    for name, path in ((COOKIE, "/"), (REFRESH_COOKIE, REFRESH_PATH)):
+        response.delete_cookie(name, path=path, secure=request.url.scheme == "https", httponly=True, samesite="lax")

@@ -56,6 +56,8 @@ SHARDS = "ck:shards"
 """The number of shards this installation was made with; another is refused at start."""
 WORKERS = "ck:workers"
 """Host → when a task last began or ended there."""
+ENDED = "ck:ended"
+"""A stream of the sign-ins that were ended while an access token of theirs may still be good; expires with the last of them."""
 STATS = "ck:stats"
 """Counters that the workers keep for /metrics."""
 

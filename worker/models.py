@@ -3,6 +3,7 @@
 | table | one row is | who writes it |
 | --- | --- | --- |
 | `user` | an account | the API, at once (an account is not a message) |
+| `sign_in` | a device that is signed in, with the hash of its refresh token (`worker/sign_ins.py`) | the API, at once |
 | `conversation` | a conversation; with `deleted_at` the tombstone of one, which no late batch gets past | the flush |
 | `message` | a committed message | the flush |
 | `dead_letter` | a log entry that Postgres refused, as readable JSON, until an operator replays or drops it | the flush |
@@ -70,6 +71,21 @@ class User(Table, table=True):
     email: str = Field(sa_column=Column(Text, nullable=False), repr=False)
     password_hash: str = Field(sa_column=Column(Text, nullable=False), repr=False)
     created_at: datetime = Field(default=None, sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+
+
+class SignIn(Table, table=True):
+    """A device that is signed in. `token_hash` is of the one refresh token that is good now; `renewals` counts those before it."""
+
+    __tablename__ = "sign_in"
+    __table_args__ = (Index("ix_sign_in_user_id_renewed_at", "user_id", text("renewed_at DESC")),)
+
+    id: str = Field(sa_column=Column(Text, primary_key=True))
+    user_id: int = Field(sa_column=Column(BigInteger, ForeignKey("user.id", ondelete="CASCADE"), nullable=False))
+    token_hash: str = Field(sa_column=Column(String(64), nullable=False), repr=False)
+    renewals: int = Field(default=0, sa_column=Column(Integer, nullable=False, server_default=text("0")))
+    created_at: datetime = Field(default=None, sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    renewed_at: datetime = Field(default=None, sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    expires_at: datetime = Field(sa_column=Column(DateTime(timezone=True), nullable=False))
 
 
 class Conversation(Table, table=True):

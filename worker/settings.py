@@ -28,7 +28,9 @@ class Settings(BaseSettings):
     celery_broker_url: SecretStr | None = None
 
     jwt_secret: SecretStr
-    access_token_seconds: Annotated[int, Field(ge=60, le=30 * 86400)] = 86400
+    access_token_seconds: Annotated[int, Field(ge=60, le=30 * 86400)] = 900
+    refresh_token_seconds: Annotated[int, Field(ge=60, le=366 * 86400)] = 30 * 86400
+    """Without being renewed for this long, a sign-in ends; each renewal begins it anew."""
 
     cache_ttl_seconds: Annotated[int, Field(ge=1, le=30 * 86400)] = 900
     cache_messages_max: Annotated[int, Field(ge=1, le=100_000)] = 200
@@ -82,6 +84,8 @@ class Settings(BaseSettings):
     def _together(self) -> Settings:
         if self.llm_base_url and not self.llm_model:
             raise ValueError("LLM_BASE_URL needs LLM_MODEL")
+        if self.refresh_token_seconds < self.access_token_seconds:
+            raise ValueError("REFRESH_TOKEN_SECONDS must not be less than ACCESS_TOKEN_SECONDS")
         return self
 
     @property

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from api import tokens
 from api.app import create_app
 from api.passwords import Busy, Passwords
-from api.tokens import ALGORITHM, AUDIENCE, COOKIE, ISSUER, PURPOSE, Tokens
+from api.tokens import ALGORITHM, AUDIENCE, COOKIE, ISSUER, PURPOSE, REFRESH_COOKIE, Tokens
 from tests.api.conftest import EMAIL, PASSWORD
 from worker.settings import Settings, get_settings
 
@@ -82,10 +82,17 @@ class TestToken:
     def test_answer_has_the_contracts_shape(self, client: TestClient, bearer: dict[str, str]) -> None:
         answer = client.post(TOKEN, data={**FORM, "grant_type": "password", "scope": ""})
         assert answer.status_code == 200
-        assert set(answer.json()) == {"access_token", "token_type", "expires_in"}
+        assert set(answer.json()) == {"access_token", "token_type", "expires_in", "refresh_token"}
         assert answer.json()["token_type"] == "bearer"
-        assert answer.json()["expires_in"] == 86400
+        assert answer.json()["expires_in"] == 900
         assert answer.headers["cache-control"] == "no-store"
+
+    def test_lifetime_is_the_settings(self, settings: Settings) -> None:
+        with TestClient(create_app(settings.model_copy(update={"access_token_seconds": 86400}))) as client:
+            client.post(REGISTER, json={"email": EMAIL, "password": PASSWORD})
+            answer = client.post(TOKEN, data=FORM).json()
+        claims = jwt.decode(answer["access_token"], options={"verify_signature": False})
+        assert answer["expires_in"] == claims["exp"] - claims["iat"] == 86400
 
     def test_unknown_user_is_answered_like_a_wrong_password(self, client: TestClient, bearer: dict[str, str]) -> None:
         wrong = client.post(TOKEN, data={"username": EMAIL, "password": "wrong password"})
@@ -263,16 +270,17 @@ class TestCookie:
     def test_signing_in_sets_a_cookie_that_scripts_cannot_read(self, client: TestClient, bearer: dict[str, str]) -> None:
         answer = client.post(SESSION, data=FORM, headers=OWN_PAGE)
         assert answer.json()["email"] == EMAIL
-        assert COOKIE not in answer.text
-        attributes = answer.headers["set-cookie"].lower().split("; ")
-        assert {"httponly", "samesite=lax", "path=/", "max-age=86400"} <= set(attributes)
-        assert "secure" not in attributes
+        for cookie, path, seconds in ((COOKIE, "/", 900), (REFRESH_COOKIE, SESSION, 30 * 86400)):
+            (told,) = [one for one in answer.headers.get_list("set-cookie") if one.startswith(cookie + "=")]
+            attributes = set(told.lower().split("; ")[1:])
+            assert attributes == {"httponly", "samesite=lax", f"path={path}", f"max-age={seconds}"}
+            assert told.split("=")[1].split(";")[0] not in answer.text
 
     def test_cookie_is_secure_over_https(self, app: FastAPI) -> None:
         with TestClient(app, base_url="https://chat.example.org") as client:
             client.post(REGISTER, json={"email": EMAIL, "password": PASSWORD})
             answer = client.post(SESSION, data=FORM, headers=OWN_PAGE)
-        assert "secure" in answer.headers["set-cookie"].lower().split("; ")
+        assert all("secure" in told.lower().split("; ") for told in answer.headers.get_list("set-cookie"))
 
     def test_wrong_password_sets_none(self, client: TestClient, bearer: dict[str, str]) -> None:
         answer = client.post(SESSION, data={"username": EMAIL, "password": "wrong password"}, headers=OWN_PAGE)

@@ -61,7 +61,8 @@ ROWS: dict[Route, Row | Literal["the caller's own", "open to all"]] = dict([
     (("POST", "/api/conversations/"), "the caller's own"),
     (("GET", "/api/auth/me"), "the caller's own"),
     (("GET", "/api/events"), "the caller's own"),
-    *((("POST", "/api/auth/" + name), "open to all") for name in ("register", "token", "session")),
+    (("POST", "/api/auth/logout"), "the caller's own"),
+    *((("POST", "/api/auth/" + name), "open to all") for name in ("register", "token", "refresh", "session", "session/refresh")),
     (("DELETE", "/api/auth/session"), "open to all"),
     *((("GET", "/" + name), "open to all") for name in ("livez", "healthz", "readyz", "metrics")),
 ])  # fmt: skip
@@ -158,6 +159,12 @@ def credentials(served: House, owner: Person) -> dict[str, dict[str, str]]:
     assert ok(owner.at(served.url).http.get("/api/conversations", headers=bearer(jwt.encode(claims, secret, "HS256")))), (
         "the forgery is good"
     )
+    refresh_tokens = served.app.state.refresh_tokens
+    kept, _ = refresh_tokens.begin(owner.id, 10)
+    ended, _ = refresh_tokens.begin(owner.id, 10)
+    signed_out = bearer(served.app.state.tokens.issue(owner.id, ended.id))
+    with browser(served.url, signed_out) as http:
+        assert http.post("/api/auth/logout").status_code == 204
     head, _, signature = owner.token.split(".")
     somebody_elses_claims = jwt.encode(claims | {"sub": "1"}, "x" * 40, "HS256").split(".")[1]
     return {
@@ -169,6 +176,9 @@ def credentials(served: House, owner: Person) -> dict[str, dict[str, str]]:
         "no audience": bearer(jwt.encode({name: value for name, value in claims.items() if name != "aud"}, secret, "HS256")),
         "no expiry": bearer(jwt.encode({name: value for name, value in claims.items() if name != "exp"}, secret, "HS256")),
         "another secret": bearer(jwt.encode(claims, secrets.token_urlsafe(48), "HS256")),
+        "refresh token": bearer(kept.token),
+        "signed out": signed_out,
+        "sign-in that is no name": bearer(jwt.encode(claims | {"sid": 1}, secret, "HS256")),
         "another purpose": bearer(jwt.encode(claims | {"typ": "refresh"}, secret, "HS256")),
         "edited": bearer(f"{head}.{somebody_elses_claims}.{signature}"),
         "not a token": bearer("x"),

@@ -55,7 +55,7 @@ class TestFirstVisit:
         page.get_by_label("Password").fill(PASSWORD)
         page.get_by_role("button", name="Sign up").click()  # the address is taken, but the password is right
         expect(chat.box).to_be_visible()
-        assert [cookie["httpOnly"] and cookie["sameSite"] == "Lax" for cookie in page.context.cookies()] == [True]
+        assert [cookie["httpOnly"] and cookie["sameSite"] == "Lax" for cookie in page.context.cookies()] == [True, True]
         assert "eyJ" not in page.evaluate("JSON.stringify([{ ...localStorage }, { ...sessionStorage }, document.cookie])")
 
 

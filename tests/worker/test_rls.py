@@ -47,7 +47,7 @@ from worker.pending import PendingLog, RawEntry, client_key
 from worker.persist import persist_batch, try_lock
 from worker.settings import Settings
 
-TABLES = ("user", "conversation", "message", "dead_letter", "shard")
+TABLES = ("user", "sign_in", "conversation", "message", "dead_letter", "shard")
 ANN, BOB = 1, 2
 WRITES = (
     "INSERT INTO conversation (id, user_id, created_at, updated_at) VALUES (30, 1, now(), now())",
@@ -78,16 +78,17 @@ class TestWhoSeesWhat:
                 assert _all(connection, "SELECT id FROM conversation") == [(conversation,)]
                 assert _all(connection, "SELECT id FROM message ORDER BY id") == [(conversation + 1,), (conversation + 2,)]
                 assert _all(connection, 'SELECT id FROM "user"') == [(user,)]
+                assert _all(connection, "SELECT id FROM sign_in") == [(f"of {user}",)]
             assert _visible("dead_letter", user=user) == 0
 
     def test_nobody_sees_nothing(self, house: House) -> None:
         for identity in ({}, {"user": 0}, {"user": 3}, {"email": ""}, {"email": "nobody@example.org"}):
-            assert [_visible(table, **identity) for table in ("user", "conversation", "message", "dead_letter")] == [0, 0, 0, 0]
+            assert [_visible(table, **identity) for table in TABLES[:-1]] == [0] * 5
 
     def test_worker_sees_all_history_and_no_account(self, house: House) -> None:
         with house.as_worker():
-            seen = [_visible(table, role="worker") for table in ("user", "conversation", "message", "dead_letter")]
-        assert seen == [0, 2, 4, 1]
+            seen = [_visible(table, role="worker") for table in TABLES[:-1]]
+        assert seen == [0, 0, 2, 4, 1]
 
     def test_sign_in_sees_one_account(self, house: House) -> None:
         ann = accounts.find_account("ann@example.org", 10)
@@ -108,6 +109,15 @@ class TestWhoSeesWhat:
         assert found is not None
         assert found.password_hash == "x"
 
+    def test_sign_ins_are_their_users(self, house: House) -> None:
+        insert = "INSERT INTO sign_in (id, user_id, token_hash, expires_at) VALUES ('new', 1, 'x', now())"
+        for identity in ({}, {"user": BOB}, {"email": "ann@example.org"}):
+            assert _rows_written(insert, **identity) == 0
+            for statement in ("UPDATE sign_in SET token_hash = 'y' WHERE user_id = 1", "DELETE FROM sign_in WHERE id = 'of 1'"):
+                assert _rows_written(statement, **identity) == 0
+        assert _rows_written("DELETE FROM sign_in", user=ANN) == 1
+        assert house.owner("SELECT id FROM sign_in") == [("of 2",)]
+
     def test_only_the_worker_writes_history(self, house: House) -> None:
         before = house.snapshot()
         for identity in ({}, {"user": ANN}, {"user": BOB}, {"email": "ann@example.org"}):
@@ -116,7 +126,7 @@ class TestWhoSeesWhat:
         assert house.snapshot() == before
 
     def test_owner_at_work_sees_everything(self, house: House) -> None:
-        assert [len(rows) for rows in house.snapshot().values()] == [2, 2, 4, 1, 1]
+        assert [len(rows) for rows in house.snapshot().values()] == [2, 2, 2, 4, 1, 1]
 
     def test_operator_sees_dead_letters(self, house: House, capsys: pytest.CaptureFixture[str]) -> None:
         with house.as_worker():
@@ -374,10 +384,17 @@ class TestPrivileges:
         )
         columns = house.owner(
             "SELECT grantee::text, table_name::text, column_name::text FROM information_schema.role_column_grants g "
-            "WHERE grantee LIKE 'chatkeep\\_%%' AND privilege_type = 'UPDATE' AND table_name = 'conversation' ORDER BY 1, 2, 3"
+            "WHERE grantee LIKE 'chatkeep\\_%%' AND privilege_type = 'UPDATE' AND table_name IN ('conversation', 'sign_in') "
+            "ORDER BY 1, 2, 3"
         )
         expected = {
-            "chatkeep_api": {"user": "SELECT INSERT", "conversation": "SELECT", "message": "SELECT", "shard": "SELECT INSERT"},
+            "chatkeep_api": {
+                "user": "SELECT INSERT",
+                "sign_in": "SELECT INSERT DELETE",
+                "conversation": "SELECT",
+                "message": "SELECT",
+                "shard": "SELECT INSERT",
+            },
             "chatkeep_worker": {
                 "conversation": "SELECT INSERT",
                 "message": "SELECT INSERT DELETE",
@@ -388,7 +405,10 @@ class TestPrivileges:
         assert granted == sorted(
             (role, table, word) for role, of in expected.items() for table, words in of.items() for word in words.split()
         )
-        assert columns == [("chatkeep_worker", "conversation", name) for name in ("deleted_at", "title", "updated_at")]
+        assert columns == [
+            *(("chatkeep_api", "sign_in", name) for name in ("expires_at", "renewals", "renewed_at", "token_hash")),
+            *(("chatkeep_worker", "conversation", name) for name in ("deleted_at", "title", "updated_at")),
+        ]
 
 
 class TestSchema:
@@ -588,9 +608,11 @@ class House(Installation):
 
 
 _FURNITURE = """
-    TRUNCATE "user", conversation, message, dead_letter, shard RESTART IDENTITY;
+    TRUNCATE "user", sign_in, conversation, message, dead_letter, shard RESTART IDENTITY;
     INSERT INTO "user" (id, email, password_hash) OVERRIDING SYSTEM VALUE
         VALUES (1, 'ann@example.org', 'x'), (2, 'bob@example.org', 'x');
+    INSERT INTO sign_in (id, user_id, token_hash, expires_at)
+        SELECT 'of ' || id, id, 'x', now() + interval '1 day' FROM "user";
     SELECT setval(pg_get_serial_sequence('"user"', 'id'), 1000);
     INSERT INTO conversation (id, user_id, created_at, updated_at, idempotency_key, request_hash)
         VALUES (10, 1, now(), now(), 'created', 'hash'), (20, 2, now(), now(), NULL, NULL);

@@ -1,6 +1,7 @@
-// Talking to the API. The token is in an HttpOnly cookie, so nothing here knows it.
+// Talking to the API. The tokens are in HttpOnly cookies, so nothing here knows them; the short-lived one is renewed when a call is refused.
 
 const CALL_MS = 15_000;
+const SESSION = "/api/auth/session";
 const PLAINLY = {
   "urn:chatkeep:reply-failed": "The model gave no reply.",
   "urn:chatkeep:reply-stopped": "The reply was stopped before its first word.",
@@ -86,6 +87,26 @@ export function newKey() {
 }
 
 async function reach(path, options) {
+  const response = await ask(path, options);
+  return response.status === 401 && !path.startsWith(SESSION) && (await renewed()) ? ask(path, options) : response;
+}
+
+let renewing = null;
+
+/** Whether there is a new access token; raises `Problem` where that cannot be said now. All calls that were refused wait for one renewal. */
+function renewed() {
+  renewing ??= renew().finally(() => (renewing = null));
+  return renewing;
+}
+
+async function renew() {
+  const path = `${SESSION}/refresh`;
+  const response = await ask(path, { method: "POST", signal: AbortSignal.timeout(CALL_MS) });
+  if (!response.ok && ![401, 403].includes(response.status)) throw await problemOf(response, path);
+  return response.ok;
+}
+
+async function ask(path, options) {
   try {
     const response = await fetch(path, options);
     listeners.reached(true);
@@ -99,7 +120,7 @@ async function reach(path, options) {
 
 async function problemOf(response, path) {
   const body = await response.json().catch(() => null); // a proxy's answer need not be JSON
-  if (response.status === 401 && path !== "/api/auth/session") listeners.signedOut();
+  if (response.status === 401 && !path.startsWith(SESSION)) listeners.signedOut();
   const retryAfter = Number(response.headers.get("Retry-After")) || 0;
   const detail = body?.detail ?? `Something went wrong (${response.status}).`;
   return new Problem(response.status, detail, { errors: body?.errors, kind: body?.type, retryAfter });
