@@ -3,7 +3,7 @@
 `app` is made when it is first asked for, so that importing this module needs no settings; a setting that is missing or wrong ends the
 process with one line. What the routes share lies in `app.state`:
 
-    settings  tokens  refresh_tokens  ended (sign-ins)  passwords  readiness  redis_sync (for /metrics)
+    settings  tokens  refresh_tokens  ended (sign-ins)  attempts  passwords  readiness  redis_sync (for /metrics)
     log       the pending log (`worker/pending.py`)
     turns     running chat replies (`api/turns.py`)
 """
@@ -24,6 +24,7 @@ from fastapi.routing import iter_route_contexts
 from fastapi.staticfiles import StaticFiles
 
 from api import auth, chat, conversations, errors, events, health, metrics
+from api.attempts import Attempts
 from api.health import Readiness
 from api.middleware import OptionalSlash, OwnLimits, SafetyHeaders
 from api.passwords import Passwords
@@ -157,6 +158,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.ended.start()
 
         app.state.readiness = Readiness(settings, monitor, app.state.log.threads)
+        app.state.attempts = Attempts(client, settings)
         app.state.passwords = Passwords()
         stack.callback(app.state.passwords.close)
         await app.state.passwords.start()

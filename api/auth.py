@@ -10,6 +10,7 @@ from fastapi import APIRouter, Form, Request, status
 from fastapi.responses import JSONResponse, Response
 
 from api import metrics
+from api.attempts import Attempts
 from api.dependencies import CurrentUser, in_thread, settings_of
 from api.errors import EmailTaken, Unauthorized, Unprocessable, problems
 from api.schemas import Credentials, TokenOut, UserOut
@@ -30,9 +31,10 @@ RefreshField = Annotated[str, Form(json_schema_extra={"format": "password"})]
 RefreshGrant = Annotated[str | None, Form(pattern="^refresh_token$")]
 
 
-@router.post("/register", status_code=status.HTTP_201_CREATED, response_model=UserOut, responses=problems(409, 422, 503))
+@router.post("/register", status_code=status.HTTP_201_CREATED, response_model=UserOut, responses=problems(409, 422, 429, 503))
 async def register(request: Request, credentials: Credentials) -> UserOut:
     """Makes an account. The e-mail address is kept in lower case."""
+    await _attempts(request).sign_up(request, credentials.email)
     password_hash = await request.app.state.passwords.hash(credentials.password.get_secret_value())
     account = await in_thread(request, partial(create_account, credentials.email, password_hash, _seconds(request)))
     if account is None:
@@ -40,7 +42,7 @@ async def register(request: Request, credentials: Credentials) -> UserOut:
     return _public(account)
 
 
-@router.post("/token", response_model=TokenOut, responses=problems(401, 422, 503))
+@router.post("/token", response_model=TokenOut, responses=problems(401, 422, 429, 503))
 async def token(request: Request, username: Username, password: PasswordField, grant_type: GrantType = None) -> TokenOut:
     """Signs in a program (OAuth2 password flow)."""
     account = await _authenticate(request, username, password)
@@ -74,7 +76,7 @@ async def me(request: Request, user: CurrentUser) -> UserOut:
     return _public(account)
 
 
-@router.post("/session", response_model=UserOut, responses=problems(401, 403, 422, 503))
+@router.post("/session", response_model=UserOut, responses=problems(401, 403, 422, 429, 503))
 async def sign_in(request: Request, username: Username, password: PasswordField, grant_type: GrantType = None) -> Response:
     """Signs in the chat page: the tokens go into HttpOnly cookies."""
     require_own_page(request)
@@ -155,13 +157,20 @@ def _ended(request: Request) -> EndedSignIns:
 async def _authenticate(request: Request, username: str, password: str) -> Account:
     """The account; for anything that is wrong the same answer, after the same work."""
     address = username.lower() if "\x00" not in username and is_unicode(username) else ""
+    await _attempts(request).sign_in(request, username.lower())
     account = await in_thread(request, partial(find_account, address, _seconds(request)))
     right = await request.app.state.passwords.verify(password, account.password_hash if account else None)
     if account is None or not right:
         metrics.SIGN_INS.labels("refused").inc()
         raise Unauthorized("Wrong e-mail address or password.")
+    await _attempts(request).signed_in(username.lower())
     metrics.SIGN_INS.labels("accepted").inc()
     return account
+
+
+def _attempts(request: Request) -> Attempts:
+    attempts: Attempts = request.app.state.attempts
+    return attempts
 
 
 def _seconds(request: Request) -> float:

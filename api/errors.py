@@ -39,6 +39,7 @@ from worker.errors import (
     RedisUnavailable,
     ReplyFailed,
     ReplyStopped,
+    TooMany,
     TooManyStreams,
     TryAgainLater,
     TurnRunning,
@@ -119,7 +120,7 @@ def problem_body(status: int, kind: str, detail: str) -> dict[str, Any]:
 
 def status_of(exc: ChatkeepError) -> int:
     """The status that this error is answered with."""
-    if isinstance(exc, UserBacklogFull):
+    if isinstance(exc, UserBacklogFull | TooMany):
         return 429
     if isinstance(exc, TryAgainLater):
         return 503

@@ -7,7 +7,9 @@
     │   ├── TooSlow
     │   ├── NotDurable
     │   ├── BacklogFull
-    │   └── UserBacklogFull      (429)
+    │   ├── UserBacklogFull      (429)
+    │   └── TooMany              (429) for a while, which it says
+    │       └── TooManyAttempts
     └── Never                    the same call fails for ever
         ├── ConfigurationError
         ├── NotFound             also for what belongs to somebody else
@@ -73,6 +75,18 @@ class UserBacklogFull(TryAgainLater):
     """Too much of yours is waiting to be written to the database; nothing more is accepted until it has caught up."""
 
     retry_after_seconds = 5
+
+
+class TooMany(TryAgainLater):
+    """Too many in a short time; try again later."""
+
+    def __init__(self, retry_after_seconds: int) -> None:
+        super().__init__()
+        self.retry_after_seconds = retry_after_seconds
+
+
+class TooManyAttempts(TooMany):
+    """Too many attempts for this e-mail address or from this network; try again in a few minutes."""
 
 
 class Never(ChatkeepError):

@@ -58,6 +58,8 @@ WORKERS = "ck:workers"
 """Host → when a task last began or ended there."""
 ENDED = "ck:ended"
 """A stream of the sign-ins that were ended while an access token of theirs may still be good; expires with the last of them."""
+ATTEMPTS = "ck:try"
+"""Counters of tries to sign in or up, by the `limits` library: `ck:try:LIMITER/<what>/<keyed hash>/…`; each expires with its window."""
 STATS = "ck:stats"
 """Counters that the workers keep for /metrics."""
 

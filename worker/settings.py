@@ -31,6 +31,10 @@ class Settings(BaseSettings):
     access_token_seconds: Annotated[int, Field(ge=60, le=30 * 86400)] = 900
     refresh_token_seconds: Annotated[int, Field(ge=60, le=366 * 86400)] = 30 * 86400
     """Without being renewed for this long, a sign-in ends; each renewal begins it anew."""
+    sign_ins_per_address_max: Annotated[int, Field(ge=0)] = 20
+    sign_ins_per_network_max: Annotated[int, Field(ge=0)] = 600
+    """Tries in five minutes (`api/attempts.py`). A network may be a whole office; one that is guessing needs thousands."""
+    sign_ups_per_network_max: Annotated[int, Field(ge=0)] = 1000
 
     cache_ttl_seconds: Annotated[int, Field(ge=1, le=30 * 86400)] = 900
     cache_messages_max: Annotated[int, Field(ge=1, le=100_000)] = 200
