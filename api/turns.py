@@ -158,7 +158,9 @@ class Turns:
         try:
             if not text.strip():
                 raise ReplyFailed()
-            reply = await self._log.append(user_id, conversation_id, "assistant", text, status="incomplete", key=reply_key(question))
+            reply = await self._log.append(
+                user_id, conversation_id, "assistant", text, status="incomplete", key=reply_key(question), counted=False
+            )
         except NotFound:
             await self._streams.close_abandoned(user_id, conversation_id, None)
         except (ReplyFailed, KeyReused):  # KeyReused: it had stored the whole reply before it died; the history has it
@@ -280,7 +282,13 @@ class Turns:
         for attempt in range(_STORE_ATTEMPTS):
             try:
                 reply = await self._log.append(
-                    writer.user_id, writer.conversation_id, "assistant", writing.text, status=status, key=reply_key(writer.question_id)
+                    writer.user_id,
+                    writer.conversation_id,
+                    "assistant",
+                    writing.text,
+                    status=status,
+                    key=reply_key(writer.question_id),
+                    counted=False,
                 )
             except TryAgainLater:
                 if attempt == _STORE_ATTEMPTS - 1:

@@ -9,7 +9,9 @@
     │   ├── BacklogFull
     │   ├── UserBacklogFull      (429)
     │   └── TooMany              (429) for a while, which it says
-    │       └── TooManyAttempts
+    │       ├── TooManyAttempts
+    │       ├── TooManyMessages
+    │       └── TooManyConversations
     └── Never                    the same call fails for ever
         ├── ConfigurationError
         ├── NotFound             also for what belongs to somebody else
@@ -87,6 +89,14 @@ class TooMany(TryAgainLater):
 
 class TooManyAttempts(TooMany):
     """Too many attempts for this e-mail address or from this network; try again in a few minutes."""
+
+
+class TooManyMessages(TooMany):
+    """Too many messages in a minute; nothing was stored. Go on when the minute is over."""
+
+
+class TooManyConversations(TooMany):
+    """Too many new conversations in a day; nothing was stored. Write in one that is there, or wait."""
 
 
 class Never(ChatkeepError):

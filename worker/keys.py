@@ -38,6 +38,8 @@ Per user:
 | `ck:{s07}:u:<u>` | sorted set | the conversations with pending entries, by the last pending entry's id |
 | `ck:{s07}:n:<u>` | hash | retry keys of created conversations: key → `<conversation id>:<created>:<hash>`; `*`: all here, `?` as above |
 | `ck:{s07}:e:<u>` | stream | what happened to the user's conversations, while somebody reads it; expires two minutes after |
+| `ck:{s07}:mm:<u>` | string | how many messages the user has written in this minute; expires with it |
+| `ck:{s07}:cd:<u>` | string | how many conversations the user has begun in these 24 hours; expires with them |
 | `ck:{s07}:loadu:<u>` | string | the lease of whoever loads these from Postgres |
 
 A crash of any process leaves all of it valid: each script is one step, and what was appended stays until a trim that follows its commit.
@@ -152,6 +154,14 @@ def created_keys(shard: int, user_id: int) -> str:
 
 def loading_user(shard: int, user_id: int) -> str:
     return f"ck:{{s{shard:02d}}}:loadu:{user_id}"
+
+
+def messages_of_minute(shard: int, user_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:mm:{user_id}"
+
+
+def conversations_of_day(shard: int, user_id: int) -> str:
+    return f"ck:{{s{shard:02d}}}:cd:{user_id}"
 
 
 def events(shard: int, user_id: int) -> str:

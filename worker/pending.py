@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import structlog
@@ -31,7 +32,18 @@ from redis.exceptions import RedisError
 
 from worker import keys, loading
 from worker.codec import ENTRY_OVERHEAD_BYTES, Role, Status, Stored, auto_title, conversation_body, message_body, request_hash
-from worker.errors import BacklogFull, ChatkeepError, KeyReused, NotFound, RedisUnavailable, TooSlow, TurnRunning, UserBacklogFull
+from worker.errors import (
+    BacklogFull,
+    ChatkeepError,
+    KeyReused,
+    NotFound,
+    RedisUnavailable,
+    TooManyConversations,
+    TooManyMessages,
+    TooSlow,
+    TurnRunning,
+    UserBacklogFull,
+)
 from worker.loading import ConversationState
 from worker.redis import MEMORY_FULL
 from worker.scripts import Argument, AsyncScripts, run, translate
@@ -130,12 +142,14 @@ class PendingLog:
         status: Status = "complete",
         key: str | None = None,
         turn: str | None = None,
+        counted: bool = True,
     ) -> Appended:
         """Appends a message; returns when it is fsynced.
 
         `key` is a retry key as it is stored (`client_key` or `reply_key` made it). `turn`: a new token to take the turn with.
-        Raises `NotFound`, `KeyReused`, `TurnRunning`, `BacklogFull`, `NotDurable`, `RedisUnavailable` (the outcome is unknown),
-        `PostgresUnavailable` (only for a conversation that Redis does not know).
+        A reply is not `counted`: what it answers was.
+        Raises `NotFound`, `KeyReused`, `TurnRunning`, `TooManyMessages`, `BacklogFull`, `NotDurable`,
+        `RedisUnavailable` (the outcome is unknown), `PostgresUnavailable` (only for a conversation that Redis does not know).
         """
         shard = self._shard(user_id, conversation_id)
         body = message_body(conversation_id, user_id, role, content, status)
@@ -147,6 +161,7 @@ class PendingLog:
             keys.turn(shard, conversation_id),
             keys.events(shard, user_id),
             keys.users(shard),
+            keys.messages_of_minute(shard, user_id),
         ]
         digest = request_hash(role, status, content)
         title = auto_title(content) if role == "user" else ""
@@ -161,6 +176,7 @@ class PendingLog:
                 [
                     *(shard, user_id, conversation_id, body, key or "", digest, title, limit, WAKE_LEASE_MS, asked),
                     *(turn or "", TURN_LEASE_MS, self._settings.pending_bytes_per_user_max),
+                    self._settings.messages_per_minute_max if counted else 0,
                 ],
             )
             if answer[0] == b"OK":
@@ -169,6 +185,8 @@ class PendingLog:
             if answer[0] == b"REPLAY":
                 stored = _stored(answer[3][0]) if answer[3] else await self._committed(conversation_id, user_id, int(answer[1]))
                 return Appended(stored, int(answer[2]), replayed=True, reply_id=int(answer[4]) if answer[4] else None)
+            if answer[0] == b"TOO_MANY":
+                raise TooManyMessages(ceil(answer[1] / 1000))
             if answer[0] == b"ASK_KEY" and key:
                 asked = await self._ask_key(shard, conversation_id, user_id, key)
             else:
@@ -179,7 +197,7 @@ class PendingLog:
         return await self._until_done(attempt)
 
     async def create(self, user_id: int, title: str | None, *, key: str | None = None) -> Created:
-        """Appends a new conversation; raises as `append` does. A known key answers what was created first."""
+        """Appends a new conversation; raises as `append` does, and `TooManyConversations`. A known key answers what was created first."""
         shard = keys.shard_of_user(user_id, self._settings.shards)
         digest = request_hash("conversation", "\x00" if title is None else title)
         reserved: int | None = None
@@ -203,10 +221,12 @@ class PendingLog:
                     keys.events(shard, user_id),
                     keys.users(shard),
                     keys.committed(shard),
+                    keys.conversations_of_day(shard, user_id),
                 ],
                 [
                     *(shard, user_id, reserved, conversation_body(reserved, user_id, title), key or "", digest, title or ""),
                     *(self._backlog.limit(shard), WAKE_LEASE_MS, asked, self._settings.pending_bytes_per_user_max, token),
+                    self._settings.conversations_per_day_max,
                 ],
             )
             if answer[0] in (b"OK", b"REPLAY"):
@@ -214,6 +234,8 @@ class PendingLog:
                     self._woken(shard, answer[3])
                 created = ConversationState(int(answer[1]), user_id, title, int(answer[2]), int(answer[2]))
                 return Created(created, replayed=answer[0] == b"REPLAY")
+            if answer[0] == b"TOO_MANY":
+                raise TooManyConversations(ceil(answer[1] / 1000))
             if answer[0] == b"ASK_KEY" and key:
                 asked = await self._load_created_keys(shard, user_id, key)
             elif answer[0] == b"TAKEN":

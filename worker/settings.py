@@ -47,6 +47,10 @@ class Settings(BaseSettings):
     """One user's fair share of the backlog (128 MiB of 1 GiB): beyond it only this user is refused."""
     shards: Annotated[int, Field(ge=1, le=SHARD_SLOTS)] = 16
 
+    messages_per_minute_max: Annotated[int, Field(ge=0)] = 30_000
+    conversations_per_day_max: Annotated[int, Field(ge=0)] = 10_000
+    """Of one user; 0: no limit. No person comes near: they end a client that has run wild, and a program may be somebody's import."""
+
     message_chars_max: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
     body_bytes_max: Annotated[int, Field(ge=1024)] = 1 << 20
 

@@ -189,3 +189,31 @@ class TestRules:
 
     def test_halves_that_belong_together_become_one(self) -> None:
         assert insertable("\ud83d\ude00 \ude00\ud83d") == "😀 "
+
+
+class TestCounts:
+    @pytest.fixture
+    def small(self, settings: Settings) -> Iterator[TestClient]:
+        limits = {"messages_per_minute_max": 2, "conversations_per_day_max": 2}
+        with TestClient(create_app(settings.model_copy(update=limits)), raise_server_exceptions=False) as client:
+            yield client
+
+    def test_too_many_messages_and_conversations_are_429_and_say_for_how_long(self, small: TestClient) -> None:
+        bearer = sign_up(small, "ann@example.org")
+        calls = [("/api/conversations/", {}), ("/api/chat/start", {})]
+        _, conversation = (small.post(path, json=body, headers=bearer).json().get("conversation_id") for path, body in calls)
+        for path, body in calls:
+            answer = small.post(path, json=body, headers=bearer)
+            assert_problem(answer, 429)
+            assert answer.json()["type"] == "urn:chatkeep:too-many-conversations"
+            assert 86_000 < int(answer.headers["retry-after"]) <= 86_400
+        said = small.post(f"/api/chat/{conversation}/message", json={"message": "one"}, headers=bearer).json()
+        assert said["assistant_message"]["content"], "a reply does not count"
+        messages = f"/api/conversations/{conversation}/messages"
+        assert small.post(messages, json={"role": "assistant", "content": "two"}, headers=bearer).status_code == 201
+        for path, body in ((messages, {"role": "user", "content": "x"}), (f"/api/chat/{conversation}/message", {"message": "x"})):
+            answer = small.post(path, json=body, headers=bearer)
+            assert_problem(answer, 429)
+            assert answer.json()["type"] == "urn:chatkeep:too-many-messages"
+            assert 0 < int(answer.headers["retry-after"]) <= 60
+        assert len(small.get(messages, headers=bearer).json()["items"]) == 3

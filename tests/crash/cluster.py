@@ -49,8 +49,12 @@ SETTINGS = {
     "SHARDS": str(SHARDS),
     "FLUSH_TIMEOUT_SECONDS": "8",
     "LOG_LEVEL": "INFO",
+    "MESSAGES_PER_MINUTE_MAX": "1000000000",
+    "CONVERSATIONS_PER_DAY_MAX": "1000000000",
+    "ACCESS_TOKEN_SECONDS": "2592000",
 }
-"""Small enough that a run reaches the limits: copies expire, batches fill."""
+"""Small enough that a run reaches the limits: copies expire, batches fill. What a user may do is counted, but without an end, and the
+workload signs in once for a run of hours."""
 
 
 class TracedValkey(EmbeddedValkey):

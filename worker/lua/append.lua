@@ -1,10 +1,13 @@
 -- Appends a message to the pending log: the one script behind an acknowledgement. All checks come before the first write.
 -- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 committed  10 turn  11 events  12 users
+--      13 messages of this minute
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 retry key or ''  6 request hash  7 title if the conversation has none, or ''
 --      8 backlog limit (bytes)  9 wake lease (ms)  10 the token of the question to Postgres about the key, or ''  11 turn token or ''  12 turn lease (ms)  13 the user's limit (bytes)
+--      14 messages a minute
 -- Answers {'OK', id, microseconds, wake, committed}; {'REPLAY', id, committed, {stored message}, reply id or ''}; or one of
 --   {'UNKNOWN'} ask Postgres for this user's   {'NOT_FOUND'} deleted   {'ASK_KEY'} Postgres may know the key
 --   {'NEED_SEED'} the clock is gone   {'FULL'} the backlog is at its limit   {'USER_FULL'}   {'KEY_REUSED'}   {'TURN_RUNNING'}
+--   {'TOO_MANY', for how long (ms)}
 -- Run twice with a retry key it appends once; that is what makes a lost reply harmless.
 local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 't', 'k', 'm', 'a', 's')
 if known[1] ~= ARGV[2] then return {'UNKNOWN'} end  -- also somebody else's: nobody may learn which ids there are, not even while Postgres is away
@@ -30,6 +33,8 @@ if replayed then
   return replayed
 end
 
+local wait = has_to_wait(KEYS[13], ARGV[14], MINUTE_MS)
+if wait then return {'TOO_MANY', wait} end
 local last_tick = redis.call('GET', KEYS[2])
 if not last_tick then return {'NEED_SEED'} end
 local title = known[4] == '' and ARGV[7] or ''
@@ -42,6 +47,7 @@ local id, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
 if id <= tonumber(known[6]) then return {'NEED_SEED'} end  -- Postgres is ahead of this clock: Redis was restored from an older state
 if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[12], ARGV[2], id, tick, size, 'm', now, ARGV[4], key, title) then return {'NEED_SEED'} end
 id = int(id)
+count(KEYS[13], ARGV[14], MINUTE_MS)
 redis.call('XADD', KEYS[6], id .. '-0', 't', int(now), 'b', ARGV[4])
 redis.call('HSET', KEYS[5], 'l', id, 'm', id, 'a', int(math.max(now, known[7])))  -- as in Postgres, it never goes back
 if title ~= '' then redis.call('HSET', KEYS[5], 't', title) end

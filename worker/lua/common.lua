@@ -48,6 +48,25 @@ local function no_room(bytes, users, user, size, limit, user_limit)
   if tonumber(redis.call('HGET', users, user) or '0') + size > tonumber(user_limit) then return 'USER_FULL' end
 end
 
+-- How often a user may do something in a window of time; 0: as often as he likes. The counter ends with the window, and nothing else does.
+-- One with more than the window to go was begun before the server's clock was set back: it is nobody's.
+local MINUTE_MS, DAY_MS = 60000, 86400000
+local function left_of(counter, window_ms)
+  local left = redis.call('PTTL', counter)
+  return left > 0 and left <= window_ms and left or nil
+end
+
+-- How long he has to wait (ms); nil if he need not.
+local function has_to_wait(counter, most, window_ms)
+  if most == '0' or tonumber(redis.call('GET', counter) or '0') < tonumber(most) then return nil end
+  return left_of(counter, window_ms)
+end
+
+local function count(counter, most, window_ms)
+  if most == '0' then return end
+  if left_of(counter, window_ms) then redis.call('INCRBY', counter, 1) else redis.call('SET', counter, '1', 'PX', window_ms) end
+end
+
 -- 1 for the first entry since the last flush began: the caller then sends the flush task. Asked again when the lease runs out, because the
 -- task may be lost; the lease grows with the age of the log, so that an hour without a worker does not leave an hour of tasks.
 local function ask_for_flush(log, wake, lease_ms)
