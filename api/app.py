@@ -3,7 +3,7 @@
 `app` is made when it is first asked for, so that importing this module needs no settings; a setting that is missing or wrong ends the
 process with one line. What the routes share lies in `app.state`:
 
-    settings  tokens  refresh_tokens  ended (sign-ins)  attempts  passwords  readiness  redis_sync (for /metrics)
+    settings  tokens  refresh_tokens  ended (sign-ins)  outside  attempts  passwords  readiness  redis_sync (for /metrics)
     log       the pending log (`worker/pending.py`)
     turns     running chat replies (`api/turns.py`)
 """
@@ -27,6 +27,7 @@ from api import auth, chat, conversations, errors, events, health, metrics
 from api.attempts import Attempts
 from api.health import Readiness
 from api.middleware import OptionalSlash, OwnLimits, SafetyHeaders
+from api.outside import OutsideUsers, outside_tokens
 from api.passwords import Passwords
 from api.replies import responder
 from api.schemas import ProblemOut
@@ -80,6 +81,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = chosen
     app.state.tokens = Tokens(chosen.jwt_secret.get_secret_value(), chosen.access_token_seconds)
     app.state.refresh_tokens = RefreshTokens(chosen.jwt_secret.get_secret_value(), chosen.refresh_token_seconds)
+    app.state.outside = None
     app.state.responder = responder(chosen)
     for router in (auth.router, conversations.router, chat.router, events.router, health.router):
         app.include_router(router)
@@ -156,6 +158,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.ended = EndedSignIns(client, settings, app.state.streams.end)
         stack.push_async_callback(app.state.ended.close)
         await app.state.ended.start()
+
+        if (provider := outside_tokens(settings)) is not None:
+            app.state.outside = OutsideUsers(provider, settings, client, app.state.log.threads)
+            stack.push_async_callback(provider.close)
+            await provider.start()
 
         app.state.readiness = Readiness(settings, monitor, app.state.log.threads)
         app.state.attempts = Attempts(client, settings)

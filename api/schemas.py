@@ -130,8 +130,10 @@ class Page:
 
 
 class UserOut(BaseModel):
+    """`email` is null for an account of an outside identity provider."""
+
     id: Id
-    email: str
+    email: str | None
     created_at: Time
 
 

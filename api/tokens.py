@@ -4,13 +4,14 @@ A token is a JWT with one algorithm, HS256. It comes as `Authorization: Bearer â
 sends a cookie along whoever asked for the request, so with a cookie whatever changes something must come from our own page.
 
 It names its sign-in (`sid`), and is refused once that has ended (`worker/ended.py`). One that names none is good until it expires.
+The tokens of an outside identity provider are `api/outside.py`'s.
 """
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, cast
 from urllib.parse import urlsplit
 
 import jwt
@@ -108,6 +109,8 @@ class _BearerOrCookie(OAuth2PasswordBearer):
             if token and request.method not in _SAFE_METHODS:
                 require_own_page(request)
         user: User | None = request.app.state.tokens.verify(token) if token else None
+        if user is None and header is not None and token and request.app.state.outside is not None:
+            return cast(User, await request.app.state.outside.user(token))
         if user is None or await _has_ended(request, user):
             raise Unauthorized()
         return user

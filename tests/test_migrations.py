@@ -108,7 +108,7 @@ class TestCommand:
     def test_takes_the_direct_connection_where_there_is_one(self, empty_url: str, tmp_path: Path) -> None:
         done = _alembic(tmp_path, "upgrade", "head", DATABASE_URL="postgresql://nobody@127.0.0.1:1/pooled", DATABASE_URL_UNPOOLED=empty_url)
         assert done.returncode == 0, done.stderr
-        assert _query(empty_url, "SELECT version_num FROM alembic_version") == [("sign_ins",)]
+        assert _query(empty_url, "SELECT version_num FROM alembic_version") == [("outside_accounts",)]
 
     @pytest.mark.parametrize("url", [None, "mysql://u:s3cr3t@host/db", "postgresql://u:s3cr3t@host:port/db"])
     def test_wrong_setting_is_one_clear_line(self, tmp_path: Path, url: str | None) -> None:

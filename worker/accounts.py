@@ -1,6 +1,7 @@
 """Accounts in Postgres. Unlike a message, an account is not acknowledged before it is there.
 
-A transaction here sees the account that it names, by e-mail address or by id, and no other.
+A transaction here sees the account that it names, by e-mail address, by id, or by what it is called at an outside identity provider, and
+no other.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from worker.database import read, transaction
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """An account; the e-mail address in lower case."""
+    """An account; the e-mail address in lower case. One of an outside identity provider has neither address nor password."""
 
     id: int
-    email: str = field(repr=False)
+    email: str | None = field(repr=False)
     created_at: datetime
-    password_hash: str = field(repr=False)
+    password_hash: str | None = field(repr=False)
 
 
 def create_account(email: str, password_hash: str, seconds: float) -> Account | None:
@@ -52,6 +53,21 @@ def get_account(user_id: int, seconds: float) -> Account | None:
             text('SELECT id, email, created_at, password_hash FROM "user" WHERE id = :id'), {"id": user_id}
         ).one_or_none()
     return None if row is None else Account(*row)
+
+
+def outside_account(issuer: str, subject: str, seconds: float) -> int:
+    """The id of the account that this provider calls so; it is made the first time."""
+    named = {"issuer": issuer, "subject": subject}
+    find = text('SELECT id FROM "user" WHERE issuer = :issuer AND subject = :subject')
+    with read(seconds, outside=(issuer, subject)) as connection:
+        found = connection.execute(find, named).scalar_one_or_none()
+    if found is None:
+        with transaction(seconds=seconds, outside=(issuer, subject)) as connection:
+            connection.execute(
+                text('INSERT INTO "user" (issuer, subject) VALUES (:issuer, :subject) ON CONFLICT (issuer, subject) DO NOTHING'), named
+            )
+            found = connection.execute(find, named).scalar_one()
+    return int(found)
 
 
 def ask_postgres(seconds: float) -> None:

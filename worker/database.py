@@ -165,15 +165,16 @@ def transaction(
     role: Role = "api",
     user: int | None = None,
     email: str | None = None,
+    outside: tuple[str, str] | None = None,
 ) -> Iterator[Connection]:
     """A fresh READ COMMITTED transaction that is over, one way or the other, after `seconds`, connecting included.
 
-    It sees what is `user`'s, and the account with this `email`; as the `worker`, all history and no account. With `wake_seconds`, a
-    database that cannot be reached is asked again for that long: for callers who can wait for Neon to wake.
+    It sees what is `user`'s, and the account with this `email` or `outside` identity (issuer, subject); as the `worker`, all history and no
+    account. With `wake_seconds`, a database that cannot be reached is asked again for that long: for callers who can wait for Neon to wake.
     """
     postgres = _postgres()
     with _translated(), deadline(seconds) as limit, postgres.slot(limit):
-        local = _local_settings(limit, lock_timeout_ms, read_only) | _identity(role, user, email)
+        local = _local_settings(limit, lock_timeout_ms, read_only) | _identity(role, user, email, outside)
         connection = _repeated(lambda: _begin(postgres.engine, local), until=time.monotonic() + wake_seconds, limit=limit)
         try:
             yield connection
@@ -189,13 +190,15 @@ def transaction(
 
 
 @contextmanager
-def read(seconds: float | None = None, *, user: int | None = None, email: str | None = None) -> Iterator[Connection]:
+def read(
+    seconds: float | None = None, *, user: int | None = None, email: str | None = None, outside: tuple[str, str] | None = None
+) -> Iterator[Connection]:
     """A transaction for what the API reads of one user: it cannot write, and it walks indexes only.
 
     It begins when it is entered: enter it after Redis has answered, or a flush hides a message.
     """
     limit = get_settings().postgres_timeout_seconds if seconds is None else seconds
-    with transaction(seconds=limit, read_only=True, user=user, email=email) as connection:
+    with transaction(seconds=limit, read_only=True, user=user, email=email, outside=outside) as connection:
         yield connection
 
 
@@ -242,6 +245,7 @@ _SET_LOCAL = text("""
                 THEN row_security_active('message') AND row_security_active('conversation') END,
            set_config('chatkeep.role', :role, true), set_config('chatkeep.user_id', :user, true),
            set_config('chatkeep.email', :email, true),
+           set_config('chatkeep.issuer', :issuer, true), set_config('chatkeep.subject', :subject, true),
            set_config('statement_timeout', :statement_timeout, true), set_config('lock_timeout', :lock_timeout, true),
            set_config('idle_in_transaction_session_timeout', :idle, true), set_config('timezone', 'UTC', true),
            set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on'
@@ -271,9 +275,11 @@ def _local_settings(limit: Deadline, lock_timeout_ms: int, read_only: bool) -> d
     }
 
 
-def _identity(role: Role, user: int | None, email: str | None) -> dict[str, Any]:
+def _identity(role: Role, user: int | None, email: str | None, outside: tuple[str, str] | None) -> dict[str, Any]:
     """An empty setting is nobody, and so is one that a transaction of the past has left behind: Postgres forgets it to ''."""
-    return {"role": role, "role_name": f"chatkeep_{role}", "user": "" if user is None else str(user), "email": email or ""}
+    issuer, subject = outside or ("", "")
+    named = {"user": "" if user is None else str(user), "email": email or "", "issuer": issuer, "subject": subject}
+    return named | {"role": role, "role_name": f"chatkeep_{role}"}
 
 
 def _commit(connection: Connection) -> None:

@@ -5,6 +5,7 @@
     │   ├── RedisUnavailable
     │   ├── PostgresUnavailable
     │   ├── TooSlow
+    │   ├── ProviderUnavailable
     │   ├── NotDurable
     │   ├── BacklogFull
     │   ├── UserBacklogFull      (429)
@@ -59,6 +60,12 @@ class PostgresUnavailable(TryAgainLater):
 
 class TooSlow(TryAgainLater):
     """This took longer than 2 seconds and was given up. The outcome of a write is unknown: repeat it with the same Idempotency-Key."""
+
+
+class ProviderUnavailable(TryAgainLater):
+    """The identity provider that this token is of cannot be asked for its keys; try again in a few seconds."""
+
+    retry_after_seconds = 2
 
 
 class NotDurable(TryAgainLater):

@@ -47,6 +47,8 @@ A crash of any process leaves all of it valid: each script is one step, and what
 
 from __future__ import annotations
 
+import hashlib
+
 from worker.settings import SHARD_SLOTS
 
 EPOCH_MICROSECONDS = 1_767_225_600_000_000
@@ -62,8 +64,14 @@ ENDED = "ck:ended"
 """A stream of the sign-ins that were ended while an access token of theirs may still be good; expires with the last of them."""
 ATTEMPTS = "ck:try"
 """Counters of tries to sign in or up, by the `limits` library: `ck:try:LIMITER/<what>/<keyed hash>/…`; each expires with its window."""
+OUTSIDE = "ck:outside"
+"""`ck:outside:<hash of issuer and subject>` → the user; expires after a day."""
 STATS = "ck:stats"
 """Counters that the workers keep for /metrics."""
+
+
+def outside(issuer: str, subject: str) -> str:
+    return f"{OUTSIDE}:" + hashlib.sha256(f"{issuer} {subject}".encode()).hexdigest()  # no issuer has a space in it
 
 
 def shard_of_user(user_id: int, shards: int) -> int:

@@ -43,6 +43,9 @@ from sqlmodel import Field, SQLModel
 KEY_CHARS_MAX = 200
 """Of a client's Idempotency-Key. It is stored behind a prefix (`k:` a client's, `r:` a reply's), so its columns are wider."""
 
+SUBJECT_CHARS_MAX = 255
+"""What OpenID Connect allows a provider to call somebody."""
+
 
 class Table(SQLModel):
     """What the tables have in common: one MetaData, in which every constraint gets a name that a migration can drop it by."""
@@ -59,18 +62,27 @@ class Table(SQLModel):
 
 
 class User(Table, table=True):
-    """An account. The e-mail address is stored in lower case."""
+    """An account: with an e-mail address (in lower case) and a password, or of an outside identity provider, which vouches for it."""
 
     __tablename__ = "user"
     __table_args__ = (
         UniqueConstraint("email"),
+        UniqueConstraint("issuer", "subject"),
         CheckConstraint("char_length(email) <= 254", name="email_length"),
+        CheckConstraint(f"char_length(issuer) <= 500 AND char_length(subject) <= {SUBJECT_CHARS_MAX}", name="subject_length"),
+        CheckConstraint(
+            "(email IS NOT NULL AND password_hash IS NOT NULL AND issuer IS NULL AND subject IS NULL) OR "
+            "(email IS NULL AND password_hash IS NULL AND issuer IS NOT NULL AND subject IS NOT NULL)",
+            name="ours_or_outside",
+        ),
     )
 
     id: int = Field(default=None, sa_column=Column(BigInteger, Identity(), primary_key=True))
-    email: str = Field(sa_column=Column(Text, nullable=False), repr=False)
-    password_hash: str = Field(sa_column=Column(Text, nullable=False), repr=False)
+    email: str | None = Field(default=None, sa_column=Column(Text), repr=False)
+    password_hash: str | None = Field(default=None, sa_column=Column(Text), repr=False)
     created_at: datetime = Field(default=None, sa_column=Column(DateTime(timezone=True), nullable=False, server_default=func.now()))
+    issuer: str | None = Field(default=None, sa_column=Column(Text))
+    subject: str | None = Field(default=None, sa_column=Column(Text), repr=False)
 
 
 class SignIn(Table, table=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Annotated
 
@@ -47,6 +48,9 @@ class Settings(BaseSettings):
     """One user's fair share of the backlog (128 MiB of 1 GiB): beyond it only this user is refused."""
     shards: Annotated[int, Field(ge=1, le=SHARD_SLOTS)] = 16
 
+    oidc_issuer: str | None = None
+    oidc_audience: str | None = None
+
     messages_per_minute_max: Annotated[int, Field(ge=0)] = 30_000
     conversations_per_day_max: Annotated[int, Field(ge=0)] = 10_000
     """Of one user; 0: no limit. No person comes near: they end a client that has run wild, and a program may be somebody's import."""
@@ -88,10 +92,19 @@ class Settings(BaseSettings):
             raise ValueError(f"is a well-known or trivial value; {_MAKE_ONE}")
         return value
 
+    @field_validator("oidc_issuer")
+    @classmethod
+    def _encrypted(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"https://[^/\s]+|http://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?(/|$)", value):
+            raise ValueError("must be an https:// address (http:// on this machine only)")
+        return value
+
     @model_validator(mode="after")
     def _together(self) -> Settings:
         if self.llm_base_url and not self.llm_model:
             raise ValueError("LLM_BASE_URL needs LLM_MODEL")
+        if (self.oidc_issuer is None) != (self.oidc_audience is None):
+            raise ValueError("OIDC_ISSUER and OIDC_AUDIENCE belong together")
         if self.refresh_token_seconds < self.access_token_seconds:
             raise ValueError("REFRESH_TOKEN_SECONDS must not be less than ACCESS_TOKEN_SECONDS")
         return self

@@ -19,6 +19,8 @@ from fastapi.routing import iter_route_contexts
 
 from api.app import create_app
 from api.tokens import AUDIENCE, ISSUER, PURPOSE
+from tests.api.provider import AUDIENCE as OUTSIDE_AUDIENCE
+from tests.api.provider import Key, Provider, provider
 from tests.api.served import House, house
 from tests.people import Person, browser, ok, problem
 from worker import keys
@@ -82,8 +84,14 @@ each_route = pytest.mark.parametrize("route", ABOUT_A_CONVERSATION, ids=" ".join
 
 
 @pytest.fixture(scope="module")
-def served(postgres: EmbeddedPostgres, migrated_template: str, valkey: EmbeddedValkey) -> Iterator[House]:
-    with house(postgres, migrated_template, valkey) as found:
+def idp() -> Iterator[Provider]:
+    with provider() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def served(postgres: EmbeddedPostgres, migrated_template: str, valkey: EmbeddedValkey, idp: Provider) -> Iterator[House]:
+    with house(postgres, migrated_template, valkey, OIDC_ISSUER=idp.issuer, OIDC_AUDIENCE=OUTSIDE_AUDIENCE) as found:
         yield found
 
 
@@ -93,9 +101,11 @@ def owner(served: House) -> Person:
 
 
 @pytest.fixture(scope="module")
-def others(served: House) -> list[Person]:
-    """Somebody whose keys lie in the owner's shard, and somebody whose keys do not."""
-    return [served.person(7 + served.settings.shards), served.person(8)]
+def others(served: House, idp: Provider) -> list[Person]:
+    """Somebody whose keys lie in the owner's shard, somebody whose keys do not, and somebody whom the provider calls by the owner's id."""
+    with browser(served.url, bearer(token := idp.token(sub="7"))) as http:
+        number = ok(http.get("/api/auth/me"))["id"]
+    return [served.person(7 + served.settings.shards), served.person(8), Person(served.url, number, token)]
 
 
 def pending(served: House, owner: Person) -> int:
@@ -151,7 +161,7 @@ STATES = [pending, committed, cold, deleted_and_pending, deleted, deleted_and_co
 THERE = [pending, committed, cold]
 
 
-def credentials(served: House, owner: Person) -> dict[str, dict[str, str]]:
+def credentials(served: House, owner: Person, idp: Provider) -> dict[str, dict[str, str]]:
     """Headers of people who are not the owner, however much they say so."""
     secret = served.settings.jwt_secret.get_secret_value()
     now = int(time.time())
@@ -182,7 +192,22 @@ def credentials(served: House, owner: Person) -> dict[str, dict[str, str]]:
         "another purpose": bearer(jwt.encode(claims | {"typ": "refresh"}, secret, "HS256")),
         "edited": bearer(f"{head}.{somebody_elses_claims}.{signature}"),
         "not a token": bearer("x"),
+        **{name: bearer(token) for name, token in outside_tokens(idp, str(owner.id)).items()},
         "another scheme": {"Authorization": f"Basic {owner.token}"},
+    }
+
+
+def outside_tokens(idp: Provider, subject: str) -> dict[str, str]:
+    """Of an identity provider, and not good."""
+    stranger = Key(idp.key.name)
+    return {
+        "outside, wrong audience": idp.token(sub=subject, aud="another"),
+        "outside, no expiry": idp.token(sub=subject, exp=None),
+        "outside, expired": idp.token(sub=subject, exp=int(time.time()) - 60),
+        "outside, another's key": idp.token(stranger, sub=subject),
+        "foreign issuer": idp.token(stranger, sub=subject, iss="https://idp.example"),
+        "foreign issuer with a good key": idp.token(sub=subject, iss="https://idp.example"),
+        "our issuer with the provider's key": idp.token(sub=subject, iss=ISSUER, aud=AUDIENCE, typ=PURPOSE),
     }
 
 
@@ -236,12 +261,12 @@ def test_what_is_not_yours_is_not_there(
 
 @pytest.mark.parametrize("state", [pending, cold, deleted, never], ids=lambda state: state.__name__)
 @each_route
-def test_without_a_good_token_nothing_is_told(served: House, owner: Person, route: Route, state: Callable[..., int]) -> None:
+def test_without_a_good_token_nothing_is_told(served: House, owner: Person, idp: Provider, route: Route, state: Callable[..., int]) -> None:
     row = ROWS[route]
     assert isinstance(row, Row)
     conversation = state(served, owner)
     answers = {}
-    for name, headers in credentials(served, owner).items():
+    for name, headers in credentials(served, owner, idp).items():
         with browser(served.url, headers) as http:
             answers[name] = row.call(http, conversation)
     problem(answers["anonymous"], 401)
