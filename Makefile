@@ -23,6 +23,7 @@ help:
 	@echo 'make bench     measure it beside what it replaces, on a quiet machine (ARGS="--rows 1,6"); make bench-long: the long rows too'
 	@echo 'make format    put the code into the form that check asks for'
 	@echo 'make lock      pin again what pyproject.toml asks for (needs uv)'
+	@echo 'make audit     look for known vulnerabilities in what is pinned (needs a network, so it is no part of make check)'
 	@echo 'make clean     remove .venv and what tools leave behind; data in .chatkeep stays'
 
 install: $(INSTALLED)
@@ -73,6 +74,14 @@ lock:
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header \
 		--quiet --output-file requirements.txt $(ARGS)
 
+# A tool of its own, in an environment of its own. --strict: what could not be looked up is a failure, and not silently left out.
+AUDIT := .audit
+.PHONY: audit
+audit:
+	@test -x $(AUDIT)/bin/pip-audit || { "$(PYTHON)" -m venv $(AUDIT) && \
+		$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.10,<3'; }
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --require-hashes --requirement requirements.txt $(ARGS)
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
