@@ -89,7 +89,7 @@ class UserBacklogFull(TryAgainLater):
 class TooMany(TryAgainLater):
     """Too many in a short time; try again later."""
 
-    def __init__(self, retry_after_seconds: int) -> None:
+    def __init__(self, retry_after_seconds: int = 60) -> None:
         super().__init__()
         self.retry_after_seconds = retry_after_seconds
 

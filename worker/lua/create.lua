@@ -5,7 +5,8 @@
 --      8 backlog limit (bytes)  9 wake lease (ms)  10 the token of the question to Postgres about the key, or ''  11 the user's limit (bytes)
 --      12 a token of this call  13 conversations a day
 -- Answers {'OK', id, microseconds, wake}, {'REPLAY', id, microseconds}, {'KEY_REUSED'}, {'ASK_KEY'}, {'NEED_SEED'}, {'FULL'}, {'USER_FULL'},
--- {'TOO_MANY', for how long (ms)}, or {'TAKEN'}: reserve another id (the shard's clock was lost and set back since, and this one was given twice).
+-- {'TOO_MANY', for how long (ms)}, or {'TAKEN'}: reserve another id (the shard's clock was lost and set back since,
+-- and this one was given twice).
 -- Run twice by one call it appends once.
 local made = redis.call('HMGET', KEYS[5], 's', 'r')
 if made[1] and made[2] == ARGV[12] then return {'OK', ARGV[3], made[1], 0} end
