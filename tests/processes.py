@@ -130,8 +130,10 @@ class Api(Process):
 class Installation:
     """Two stores, a broker of its own, and the processes that are started on them."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: str) -> None:
+        """`settings`: what is set for all processes, beside what they need."""
         self._stack = ExitStack()
+        self._chosen = settings
 
     def __enter__(self) -> Installation:
         self._directory = Path(self._stack.enter_context(schema.state_directory()))
@@ -168,6 +170,7 @@ class Installation:
             **{"DATABASE_URL": self.postgres.url, "REDIS_URL": self.valkey.url, "CELERY_BROKER_URL": self.broker.url},
             **{"JWT_SECRET": self.secret, "SHARDS": str(SHARDS), "FLUSH_INTERVAL_MS": "50"},
             "FLOWER_BASIC_AUTH": ":".join(OPERATOR),
+            **self._chosen,
         }
         with_model = self.env | {"LLM_BASE_URL": self.model.url, "LLM_MODEL": "slow", "LLM_API_KEY": "none"}
         self.api = Api("api", self._claim, run, self.env)

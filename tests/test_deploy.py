@@ -102,7 +102,12 @@ class TestCompose:
             "--no-appendfsync-on-rewrite": "no",
             "--save": "",
             "--maxmemory-policy": "noeviction",
+            "--hide-user-data-from-log": "yes",
+            "--slowlog-log-slower-than": "-1",
         }
+
+    def test_postgres_writes_no_statement_and_no_row_into_its_log(self) -> None:
+        assert SERVICES["postgres"]["command"] == ["postgres", "-c", "log_min_error_statement=panic", "-c", "log_error_verbosity=terse"]
 
     def test_data_lies_in_named_volumes(self) -> None:
         named = yaml.safe_load(COMPOSE_TEXT)["volumes"]

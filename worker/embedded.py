@@ -456,6 +456,9 @@ class EmbeddedValkey(_EmbeddedServer):
             "logfile": "",
             "set-proc-title": "no",  # the marker stays in the command line
             "hide-user-data-from-log": "yes",
+            # Both keep the arguments of calls, and a message is one.
+            "slowlog-log-slower-than": "-1",
+            "commandlog-request-larger-than": "-1",
             **self._settings,
         }
         # A file, so that the password stands in no command line; its name carries the marker.

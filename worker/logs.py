@@ -86,6 +86,7 @@ def configure(level: str = "INFO", *, process: str | None = None, stream: TextIO
             adopted.propagate = True
     for talkative in map(logging.getLogger, _TALKATIVE):
         talkative.setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.access").addFilter(_without_query)
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
@@ -107,6 +108,13 @@ def describe(exc: BaseException) -> dict[str, Any]:
     if cause is not None:
         told["cause"] = type(cause).__name__
     return told
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """What stands behind the `?` of an address, anybody may have put there: a search, a token, somebody else's words."""
+    if isinstance(record.args, tuple):  # uvicorn's: (client, method, address, HTTP version, status)
+        record.args = tuple(part.partition("?")[0] if isinstance(part, str) else part for part in record.args)
+    return True
 
 
 def _name_process(process: str) -> Any:

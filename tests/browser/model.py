@@ -87,7 +87,7 @@ def _handler(pieces: Callable[[str], Reply]) -> type[BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             reply = pieces(body["messages"][-1]["content"])
             if reply and isinstance(reply[0], Failure):
-                self.send_error(400)
+                self.send_error(400, explain=f"This was refused: {body['messages']}")  # as providers do
                 return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")

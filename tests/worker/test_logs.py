@@ -65,6 +65,11 @@ def test_clients_that_log_whole_requests_do_not_even_when_debugging(output: Outp
     assert output.getvalue() == ""
 
 
+def test_access_log_leaves_out_the_query(output: Output) -> None:
+    logging.getLogger("uvicorn.access").info('%s - "%s %s HTTP/%s" %d', "1.2.3.4:5", "GET", "/api/x?q=what%20I%20wrote", "1.1", 200)
+    assert output.events()[0]["event"] == '1.2.3.4:5 - "GET /api/x HTTP/1.1" 200'
+
+
 def test_configuring_again_does_not_double_the_lines(output: Output) -> None:
     logs.configure(process="test", stream=output, as_json=True)
     structlog.get_logger("here").info("once")
