@@ -21,6 +21,7 @@ help:
 	@echo 'make check     lint, types, schema drift'
 	@echo 'make crash     two minutes of kills, cuts and losses (ARGS="--seed 7 --minutes 60 --faults kill-storm"; --faults list: which)'
 	@echo 'make bench     measure it beside what it replaces, on a quiet machine (ARGS="--rows 1,6"); make bench-long: the long rows too'
+	@echo 'make outage    an hour without Postgres at 50 messages a second, and the way back'
 	@echo 'make format    put the code into the form that check asks for'
 	@echo 'make lock      pin again what pyproject.toml asks for (needs uv)'
 	@echo 'make audit     look for known vulnerabilities in what is pinned (needs a network, so it is no part of make check)'
@@ -56,6 +57,11 @@ check: $(INSTALLED)
 .PHONY: crash
 crash: $(INSTALLED)
 	$(PY) -m tests.crash $(ARGS)
+
+# Every message of an hour at 50 a second, and their way into a Postgres that fsyncs; `make test` has two minutes' worth of it.
+.PHONY: outage
+outage: $(INSTALLED)
+	OUTAGE_MESSAGES=180000 $(PY) -m pytest tests/test_outage.py --capture=no --timeout=3600 $(ARGS)
 
 .PHONY: bench bench-long
 bench: $(INSTALLED)

@@ -130,14 +130,15 @@ class Api(Process):
 class Installation:
     """Two stores, a broker of its own, and the processes that are started on them."""
 
-    def __init__(self, **settings: str) -> None:
-        """`settings`: what is set for all processes, beside what they need."""
+    def __init__(self, *, durable: bool = False, **settings: str) -> None:
+        """`settings`: what is set for all processes, beside what they need; `durable`: Postgres fsyncs, as it should outside of tests."""
         self._stack = ExitStack()
+        self._durable = durable
         self._chosen = settings
 
     def __enter__(self) -> Installation:
         self._directory = Path(self._stack.enter_context(schema.state_directory()))
-        self.postgres = EmbeddedPostgres(self._directory / "log", durable=False, start_seconds=START_SECONDS)
+        self.postgres = EmbeddedPostgres(self._directory / "log", durable=self._durable, start_seconds=START_SECONDS)
         self.valkey = EmbeddedValkey(self._directory / "log", start_seconds=START_SECONDS)
         self.broker = EmbeddedValkey(self._directory / "broker", start_seconds=START_SECONDS)
         try:
