@@ -65,7 +65,7 @@ class Attempts:
         await self._count(self._per_address, "up-as", address)
 
     async def _count(self, limit: RateLimitItem | None, what: str, whose: str) -> None:
-        if limit is None or await self._ask(self._limiter.hit(limit, what, self._hash(whose))):
+        if limit is None or not whose or await self._ask(self._limiter.hit(limit, what, self._hash(whose))):
             return
         window = await self._ask(self._limiter.get_window_stats(limit, what, self._hash(whose)))
         raise TooManyAttempts(max(1, ceil(window.reset_time - time.time())))
@@ -82,7 +82,10 @@ class Attempts:
 
 
 def network_of(request: Request) -> str:
-    """Where a request comes from: an IPv4 address, or the /64 of an IPv6 one.
+    """Where a request comes from: an IPv4 address, or the /64 of an IPv6 one; '' for this machine itself.
+
+    What comes from loopback is a program of the operator's, or a proxy that nobody has told us of: counted as one, everybody behind it
+    would be locked out by the first who guesses.
 
     It is the peer's address; where that is a proxy of `FORWARDED_ALLOW_IPS`, uvicorn has put in its place what the proxy says
     (`X-Forwarded-For`), and nobody else's word counts.
@@ -92,9 +95,11 @@ def network_of(request: Request) -> str:
         address = ip_address(host.partition("%")[0])
     except ValueError:
         return host
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_loopback:
+        return ""
     if isinstance(address, IPv6Address):
-        if address.ipv4_mapped is not None:
-            return str(address.ipv4_mapped)
         return str(IPv6Address(int(address) >> (128 - _V6_NETWORK_BITS) << (128 - _V6_NETWORK_BITS)))
     return str(address)
 

@@ -18,6 +18,7 @@ from api.tokens import COOKIE, REFRESH_COOKIE, clear_cookies, require_own_page, 
 from worker.accounts import Account, create_account, find_account, get_account
 from worker.codec import rfc3339, to_microseconds
 from worker.ended import EndedSignIns
+from worker.pending import in_time
 from worker.sign_ins import Copied, RefreshTokens, SignIn
 from worker.text import is_unicode
 
@@ -34,9 +35,10 @@ RefreshGrant = Annotated[str | None, Form(pattern="^refresh_token$")]
 @router.post("/register", status_code=status.HTTP_201_CREATED, response_model=UserOut, responses=problems(409, 422, 429, 503))
 async def register(request: Request, credentials: Credentials) -> UserOut:
     """Makes an account. The e-mail address is kept in lower case."""
-    await _attempts(request).sign_up(request, credentials.email)
-    password_hash = await request.app.state.passwords.hash(credentials.password.get_secret_value())
-    account = await in_thread(request, partial(create_account, credentials.email, password_hash, _seconds(request)))
+    async with in_time():
+        await _attempts(request).sign_up(request, credentials.email)
+        password_hash = await request.app.state.passwords.hash(credentials.password.get_secret_value())
+        account = await in_thread(request, partial(create_account, credentials.email, password_hash, _seconds(request)))
     if account is None:
         raise EmailTaken()
     return _public(account)
@@ -45,8 +47,9 @@ async def register(request: Request, credentials: Credentials) -> UserOut:
 @router.post("/token", response_model=TokenOut, responses=problems(401, 422, 429, 503))
 async def token(request: Request, username: Username, password: PasswordField, grant_type: GrantType = None) -> TokenOut:
     """Signs in a program (OAuth2 password flow)."""
-    account = await _authenticate(request, username, password)
-    return _tokens(request, await _begin(request, account))
+    async with in_time():
+        account = await _authenticate(request, username, password)
+        return _tokens(request, await _begin(request, account))
 
 
 @router.post("/refresh", response_model=TokenOut, responses=problems(401, 422, 503))
@@ -80,8 +83,10 @@ async def me(request: Request, user: CurrentUser) -> UserOut:
 async def sign_in(request: Request, username: Username, password: PasswordField, grant_type: GrantType = None) -> Response:
     """Signs in the chat page: the tokens go into HttpOnly cookies."""
     require_own_page(request)
-    account = await _authenticate(request, username, password)
-    return _with_cookies(request, JSONResponse(_public(account).model_dump()), await _begin(request, account))
+    async with in_time():
+        account = await _authenticate(request, username, password)
+        begun = await _begin(request, account)
+    return _with_cookies(request, JSONResponse(_public(account).model_dump()), begun)
 
 
 @router.post("/session/refresh", status_code=status.HTTP_204_NO_CONTENT, responses=problems(401, 403, 503))

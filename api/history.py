@@ -10,11 +10,8 @@ answer is 503, never a page that only looks whole (race R22).
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,10 +19,10 @@ from api.dependencies import Page
 from api.errors import Unprocessable
 from worker import committed
 from worker.codec import Stored
-from worker.errors import NotFound, TooSlow
+from worker.errors import NotFound
 from worker.keys import ID_LIMIT
 from worker.loading import ConversationState
-from worker.pending import ANSWER_WITHIN_SECONDS, CachedPage, PendingLog
+from worker.pending import CachedPage, PendingLog, in_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ class ConversationList:
 
 async def read_history(log: PendingLog, user_id: int, conversation_id: int, page: Page) -> HistoryPage:
     """A page of a conversation; raises `NotFound`, `RedisUnavailable`, `PostgresUnavailable` and `TooSlow`."""
-    async with _in_time():
+    async with in_time():
         if page.after is not None:
             return await _read_after(log, user_id, conversation_id, page.after, page.limit)
         return await _read_before(log, user_id, conversation_id, page.before, page.limit)
@@ -57,7 +54,7 @@ async def read_history(log: PendingLog, user_id: int, conversation_id: int, page
 
 async def read_conversation(log: PendingLog, user_id: int, conversation_id: int) -> ConversationState:
     """A conversation as it is now; raises as `read_history` does."""
-    async with _in_time():
+    async with in_time():
         cached = await log.read(user_id, conversation_id, None, None, 0)
         if cached is not None:
             return cached.conversation
@@ -71,23 +68,13 @@ async def read_conversation(log: PendingLog, user_id: int, conversation_id: int)
 async def list_conversations(log: PendingLog, user_id: int, limit: int, cursor: str | None) -> ConversationList:
     """A page of the conversation list. Those with pending changes are as Redis has them, the others as Postgres has them."""
     before = None if cursor is None else _decode_cursor(cursor)
-    async with _in_time():
+    async with in_time():
         changed = await log.changed(user_id)
         rows = await log.threads.run(partial(committed.list_conversations, user_id, before, changed, limit + 1))
     rows += [state for state in changed.values() if state is not None and (before is None or _position(state) < before)]
     rows.sort(key=_position, reverse=True)
     items = tuple(rows[:limit])
     return ConversationList(items, _encode_cursor(items[-1]) if len(rows) > limit else None)
-
-
-@asynccontextmanager
-async def _in_time() -> AsyncIterator[None]:
-    """Both stores have time-outs of their own; together they may take longer than a caller is to wait."""
-    try:
-        async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
-            yield
-    except TimeoutError as exc:
-        raise TooSlow() from exc
 
 
 async def _read_before(log: PendingLog, user_id: int, conversation_id: int, before: int | None, limit: int) -> HistoryPage:

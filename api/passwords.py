@@ -17,7 +17,7 @@ from worker.errors import TryAgainLater
 MEMORY_KIB = 19 * 1024
 ITERATIONS = 2
 """OWASP's figures for argon2id with one lane: about 20 ms, and 19 MiB for each that runs at once."""
-WAIT_SECONDS = 2.0
+WAIT_SECONDS = 1.5
 
 T = TypeVar("T")
 

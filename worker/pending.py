@@ -358,12 +358,9 @@ class PendingLog:
 
     async def _until_done(self, attempt: Callable[[], Awaitable[T | None]]) -> T:
         self._check_durability()
-        try:
-            async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
-                while (result := await attempt()) is None:
-                    pass
-        except TimeoutError as exc:  # each call has its own, shorter time-out: it was several, to both stores
-            raise TooSlow() from exc
+        async with in_time():
+            while (result := await attempt()) is None:
+                pass
         self._check_durability()  # the write may have opened a connection to a server that came back with other settings
         return result
 
@@ -530,6 +527,19 @@ class _Backlog:
         if memory.get("maxmemory"):
             room = int(memory["maxmemory"] * MEMORY_FULL) - memory["used_memory"]
             self._max = min(self._max, sum(self._bytes) + room)
+
+
+@asynccontextmanager
+async def in_time() -> AsyncIterator[None]:
+    """Raises `TooSlow` when a caller would wait for longer than he should.
+
+    Each call to a store has a shorter time-out of its own, but there may be several.
+    """
+    try:
+        async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
+            yield
+    except TimeoutError as exc:
+        raise TooSlow() from exc
 
 
 async def _quietly(work: Awaitable[None]) -> None:

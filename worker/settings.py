@@ -51,8 +51,8 @@ class Settings(BaseSettings):
     oidc_issuer: str | None = None
     oidc_audience: str | None = None
 
-    messages_per_minute_max: Annotated[int, Field(ge=0)] = 30_000
-    conversations_per_day_max: Annotated[int, Field(ge=0)] = 10_000
+    messages_per_minute_max: Annotated[int, Field(ge=0)] = 300_000
+    conversations_per_day_max: Annotated[int, Field(ge=0)] = 100_000
     """Of one user; 0: no limit. No person comes near: they end a client that has run wild, and a program may be somebody's import."""
 
     message_chars_max: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000

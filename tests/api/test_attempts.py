@@ -118,6 +118,9 @@ class TestPerNetwork:
             ("2001:db8:1:3::1", "2001:db8:1:3::"),
             ("fe80::1%eth0", "fe80::"),
             ("a socket", "a socket"),
+            ("127.0.0.1", ""),
+            ("::1", ""),
+            ("::ffff:127.0.0.1", ""),
         ],
     )
     def test_network_of_an_address(self, host: str, network: str) -> None:
@@ -126,6 +129,12 @@ class TestPerNetwork:
 
 
 class TestSigningUp:
+    def test_this_machine_is_no_network(self, small: Settings) -> None:
+        with TestClient(create_app(small), client=("127.0.0.1", 1)) as client:
+            for number in range(SIGN_UPS + 1):
+                body = {"email": f"{number}@example.org", "password": "correct horse battery"}
+                assert client.post("/api/auth/register", json=body).status_code == 201
+
     def test_from_one_network(self, client: TestClient) -> None:
         for number in range(SIGN_UPS - 1):
             assert register(client, f"{number}@example.org").status_code == 201
