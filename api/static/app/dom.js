@@ -97,7 +97,7 @@ export function offerUndo(text, { undo, done, seconds = 8 }) {
   words.textContent = text;
   button.textContent = "Undo";
   toast.hidden = false;
-  announce(`${text} Press Undo to take it back.`);
+  announce(`${text}. Press Undo to take it back.`);
   let timer;
   const settle = (undone) => {
     if (offered !== settle) return;

@@ -389,7 +389,7 @@ export class Sidebar {
     let settled;
     const offered = new Promise((resolve) => (settled = resolve));
     exclusive(this.#leaving(id), () => offered); // other tabs leave it alone meanwhile
-    offerUndo(`“${short(title)}” was deleted.`, {
+    offerUndo(`Deleted “${short(title)}”`, {
       undo: () => {
         settled();
         forget(this.#leaving(id));
