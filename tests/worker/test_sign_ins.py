@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,22 @@ class TestRenewal:
         assert len({one.token for one in found}) == 1
         assert core.ask("SELECT renewals FROM sign_in") == [(1,)]
         renewed(tokens, found[0].token)
+
+    def test_one_token_is_judged_by_one_at_a_time(self, tokens: RefreshTokens, first: SignIn, monkeypatch: pytest.MonkeyPatch) -> None:
+        judge, judging, most = tokens._links_to, 0, 0
+
+        def slowly(*arguments: Any) -> int | None:
+            nonlocal judging, most
+            judging += 1
+            most = max(most, judging)
+            time.sleep(0.2)
+            judging -= 1
+            return judge(*arguments)
+
+        monkeypatch.setattr(tokens, "_links_to", slowly)
+        with ThreadPoolExecutor(3) as threads:
+            assert len({found.token for found in threads.map(lambda _: renewed(tokens, first.token), range(3))}) == 1
+        assert most == 1
 
     def test_it_begins_the_lifetime_anew(self, tokens: RefreshTokens, first: SignIn) -> None:
         pass_time(3500)
