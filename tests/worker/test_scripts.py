@@ -93,6 +93,9 @@ async def test_calls_of_one_turn_leave_in_one_write(settings, monkeypatch) -> No
                 writes.append(data)
                 transport.write(data)
 
+            def is_closing(self) -> bool:
+                return False
+
             def abort(self) -> None:
                 transport.abort()
 
