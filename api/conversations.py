@@ -24,6 +24,7 @@ from api.errors import problems
 from api.fast import FastRoute, fast, path_id, usual_body, usual_key, usual_page
 from api.metrics import ACCEPTED
 from api.schemas import ConversationChange, ConversationOut, ConversationPage, MessageOut, MessagePage, NewConversation, NewMessage
+from worker import crashpoints
 from worker.codec import rfc3339
 from worker.loading import ConversationState
 from worker.pending import PendingLog, client_key
@@ -95,9 +96,11 @@ async def add_message(
 
 
 async def _add(log: PendingLog, settings: Settings, user_id: int, conversation_id: int, body: NewMessage, key: str | None) -> Response:
+    crashpoints.visit("append:validated")
     appended = await log.append(user_id, conversation_id, body.role, body.content, key=client_key(key) if key else None)
     if not appended.replayed:
         ACCEPTED.inc()
+    crashpoints.visit("append:before_answer")
     return as_json(appended.message.public(appended.committed), 201, acknowledgement(settings, appended.replayed))
 
 

@@ -18,7 +18,7 @@ import structlog
 from redis import Redis
 from redis.exceptions import RedisError
 
-from worker import keys, pending
+from worker import crashpoints, keys, pending
 from worker.database import raw_cursor, transaction
 from worker.persist import Persisted, persist_batch, try_lock
 from worker.settings import Settings
@@ -75,13 +75,18 @@ def _pass(client: Redis, settings: Settings, shard: int, report: Report, halving
     if not pending.has_entries(client, shard):  # so that an idle Postgres is left asleep
         return False
     with transaction(seconds=settings.flush_timeout_seconds, wake_seconds=WAKE_SECONDS, role="worker") as db, raw_cursor(db) as cursor:
+        crashpoints.visit("flush:begun")
         if not try_lock(cursor, shard):
             report.busy = True
             return False
+        crashpoints.visit("flush:locked")
         batch = pending.fetch(client, shard, max(1, settings.flush_batch_max >> halvings), BATCH_BYTES_MAX >> halvings)
         if not batch:
             return False
+        crashpoints.visit("flush:fetched")
         persisted = persist_batch(cursor, shard, settings.shards, batch)
+        crashpoints.visit("flush:before_commit")
+    crashpoints.visit("flush:committed")
     trimmed = trim_batch(client, settings, shard, batch, persisted)
     seconds = time.monotonic() - started
     report.batches += 1

@@ -17,7 +17,7 @@ import psycopg2
 from psycopg2.extensions import cursor as Cursor
 from psycopg2.extras import execute_values
 
-from worker import keys
+from worker import crashpoints, keys
 from worker.codec import Entry, decode_entry, rfc3339, to_datetime
 from worker.errors import BadEntry
 from worker.loading import SHARD_LOCK
@@ -144,6 +144,7 @@ def _apply_or_halve(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], d
 def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Persisted) -> list[_Dead]:
     """Conversations before messages; of a conversation that is deleted, nothing comes back."""
     _insert_conversations(cursor, [entry for _, entry in entries if entry.kind == "c"])
+    crashpoints.visit("flush:half_written")
     cursor.execute(
         "SELECT id, user_id, deleted_at IS NOT NULL FROM conversation WHERE id = ANY(%s)",
         (list({entry.conversation_id for _, entry in entries}),),

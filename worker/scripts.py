@@ -22,7 +22,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
-from worker import keys
+from worker import crashpoints, keys
 from worker.codec import ENTRY_OVERHEAD_BYTES
 from worker.errors import BacklogFull, ChatkeepError, NotDurable, RedisUnavailable
 from worker.multiplexed import Command, Multiplexed
@@ -60,13 +60,16 @@ def script(name: str) -> Script:
 def run(client: Redis, name: str, script_keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
     """Runs a script and returns its raw answer; raises a `ChatkeepError` for anything that went wrong."""
     chosen = script(name)
+    crashpoints.visit("before:" + name)
     try:
         try:
-            return client.evalsha(chosen.sha, len(script_keys), *script_keys, *arguments)
+            answer = client.evalsha(chosen.sha, len(script_keys), *script_keys, *arguments)
         except NoScriptError:
-            return client.eval(chosen.source, len(script_keys), *script_keys, *arguments)
+            answer = client.eval(chosen.source, len(script_keys), *script_keys, *arguments)
     except RedisError as exc:
         raise translate(exc) from exc
+    crashpoints.visit("after:" + name)
+    return answer
 
 
 def translate(exc: BaseException) -> ChatkeepError:
@@ -115,6 +118,7 @@ class AsyncScripts:
         Raises `RedisUnavailable` after `timeout_seconds` at the latest; the script may still run then. Cancelling the caller does not
         stop the script either: it only stops waiting.
         """
+        crashpoints.visit("before:" + name)
         loop = asyncio.get_running_loop()
         call = _Call(name, (len(script_keys), *script_keys, *arguments), loop.create_future())
         if not self._unsent:
@@ -122,11 +126,13 @@ class AsyncScripts:
         self._unsent.append(call)
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                return await call.answer
+                answer = await call.answer
         except TimeoutError as exc:
             if call.answer in self._sent and self._connection is not None:  # answers come in order: nobody behind it would get his in time
                 self._connection.abort()
             raise RedisUnavailable() from exc
+        crashpoints.visit("after:" + name)
+        return answer
 
     async def close(self) -> None:
         """Waits for what is under way (each has its own time-out), then closes the connection."""

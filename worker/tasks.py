@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 from redis import Redis
 
-from worker import loading, pending
+from worker import crashpoints, loading, pending
 from worker.app import app
 from worker.database import sqlalchemy_url
 from worker.errors import TryAgainLater
@@ -37,6 +37,7 @@ def flush(shard: int) -> dict[str, Any]:
     settings = get_settings()
     if not 0 <= shard < settings.shards:
         return {"shard": shard, "refused": "no such shard"}
+    crashpoints.visit("task:begun")
     try:
         note_activity(client())
         report = flush_shard(client(), settings, shard, halvings=min(_failures.get(shard, 0), 16))
@@ -46,6 +47,7 @@ def flush(shard: int) -> dict[str, Any]:
     _failures.pop(shard, None)
     if report.more:
         send_flush(app, shard)
+    crashpoints.visit("task:done")
     return asdict(report)
 
 

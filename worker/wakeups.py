@@ -13,6 +13,8 @@ import time
 import structlog
 from celery import Celery
 
+from worker import crashpoints
+
 log = structlog.get_logger(__name__)
 PACE_SECONDS = 0.02
 """Between two tasks. Each costs this process 0.65 ms, the worker and Postgres several, however little it finds to do: when every shard is
@@ -68,7 +70,9 @@ def send_flush(app: Celery, shard: int) -> bool:
     Any error is only logged: whatever the broker's client raises, the entry is safe and somebody asks again.
     """
     try:
+        crashpoints.visit("wakeup:before_send")
         app.send_task("flush", args=(shard,), retry=False)
+        crashpoints.visit("wakeup:sent")
     except Exception as exc:  # noqa: BLE001 - see above: kombu raises the errors of every transport it knows
         log.warning("flush task not sent", shard=shard, error=type(exc).__name__)
         return False

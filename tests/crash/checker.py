@@ -216,7 +216,8 @@ def _learn(one: _Conversation) -> Iterator[Violation]:
 def _check_origin(one: _Conversation, operation: Operation, item: Item) -> Iterator[Violation]:
     attempts = one.texts[item.text]
     if all(attempt.outcome == "fail" for attempt in attempts):
-        yield Violation(2, f"op {operation.op}: message {item.id} of conversation {one.id} was refused, and is there")
+        how = ", ".join(f"op {attempt.op}: {attempt.kind} {attempt.status} {attempt.note}" for attempt in attempts)
+        yield Violation(2, f"op {operation.op}: message {item.id} of conversation {one.id} was refused, and is there ({how})")
     elif all(attempt.started > (operation.ended or EVER) for attempt in attempts):
         yield Violation(2, f"op {operation.op}: message {item.id} of conversation {one.id} is there before it was sent")
     if item.role != attempts[0].role:

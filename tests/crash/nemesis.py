@@ -137,7 +137,7 @@ class Run:
         watch = asyncio.create_task(self._watch())
         clients = asyncio.create_task(self.workload.run(self._clients))
         try:
-            await self._trouble(until, script, clients)
+            await self.trouble(until, script, clients)
             async with self.workload.paused():
                 pass
         finally:
@@ -150,7 +150,7 @@ class Run:
         final = await self._look()
         self._judge(final)
 
-    async def _trouble(self, until: float, script: Sequence[str], clients: asyncio.Task[None]) -> None:
+    async def trouble(self, until: float, script: Sequence[str], clients: asyncio.Task[None]) -> None:
         planned = list(script)
         last_gate = time.monotonic()
         await asyncio.sleep(1.0)
