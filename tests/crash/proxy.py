@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -95,9 +96,9 @@ class Link:
             self._flapping.cancel()
             self._flapping = None
         if mode == "refuse":
-            self._refuse()
+            await _insist(self._refuse)
         elif before == "refuse":
-            await self._listen()
+            await _insist(self._listen)
         if mode in ("refuse", "reset"):
             self.reset()
         elif mode == "flap":
@@ -114,15 +115,20 @@ class Link:
             self._refusing = None
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=_CHUNK, reuse_address=True)
 
-    def _refuse(self) -> None:
+    async def _refuse(self) -> None:
         """A port that is bound, and not listened on, is refused and stays ours."""
         if self._server is not None:
             self._server.close()
             self._server = None
         if self._refusing is None:
-            self._refusing = socket.socket()
-            self._refusing.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._refusing.bind(("127.0.0.1", self.port))
+            holder = socket.socket()
+            try:
+                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                holder.bind(("127.0.0.1", self.port))
+            except OSError:
+                holder.close()
+                raise
+            self._refusing = holder
 
     async def _flap(self) -> None:
         while True:
@@ -184,6 +190,18 @@ class Link:
             self.lose_next -= 1
             if not self.lose_next:
                 await self.set("pass")
+
+
+async def _insist(take_port: Callable[[], Awaitable[None]]) -> None:
+    """On a busy machine what was closed a moment ago may still hold the port."""
+    for _ in range(100):
+        try:
+            return await take_port()
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE:
+                raise
+            await asyncio.sleep(0.05)
+    return await take_port()
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
