@@ -10,13 +10,12 @@ what psycopg2 gives, as far as the product uses them. `step` is called around ev
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import IO, Any
 
 from psycopg2 import errors
 from sqlalchemy.exc import NoResultFound
@@ -210,12 +209,13 @@ class Cursor:
         else:
             run()
 
-    def copy_expert(self, statement: str, file: io.BytesIO) -> None:
+    def copy_expert(self, statement: str, file: IO[bytes], size: int) -> None:
         self._transaction.use()
         found = re.match(r"COPY stage \((.*?)\) FROM STDIN$", statement)
         assert found, statement
         names = found[1].split(", ")
-        for line in file.getvalue().decode().split("\n")[:-1]:
+        text = b"".join(iter(lambda: file.read(size), b"")).decode()
+        for line in text.split("\n")[:-1]:
             values = [None if value == "\\N" else _unescape(value) for value in line.split("\t")]
             row: Row = dict(zip(names, values, strict=True))
             row |= {name: int(row[name]) for name in ("id", "conversation_id", "user_id")}
@@ -282,12 +282,23 @@ def _stage(one: Transaction, words: str, _: Any) -> None:
     one.stage = []
 
 
+def _insert_straight(one: Transaction, words: str, parameters: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """`INSERT INTO message (...) SELECT * FROM unnest(...)`."""
+    names = words[words.index("(") + 1 : words.index(")")].split(", ")
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*parameters, strict=True)]
+    return _insert_messages(one, words, [row | {"created_at": _moment(row["created_at"])} for row in rows])
+
+
 def _insert_staged(one: Transaction, words: str, _: Any) -> list[tuple[Any, ...]]:
+    return _insert_messages(one, words, one.stage)
+
+
+def _insert_messages(one: Transaction, words: str, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
     parents = {(row["id"], row["user_id"]) for row in one.rows("conversation")}
     there = {(row["conversation_id"], row["id"]) for row in one.rows("message")}
     keys = {(row["conversation_id"], row["idempotency_key"]) for row in one.rows("message") if row["idempotency_key"]}
     inserted: list[tuple[Any, ...]] = []
-    for row in one.stage:
+    for row in rows:
         if (row["conversation_id"], row["user_id"]) not in parents:
             raise errors.ForeignKeyViolation
         taken = (row["conversation_id"], row["id"]) in there
@@ -352,9 +363,12 @@ _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, 
     ("SAVEPOINT part", _savepoint),
     ("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part", _savepoint),
     ("RELEASE SAVEPOINT part", _savepoint),
-    ("CREATE TEMP TABLE stage", _stage),
-    ("TRUNCATE stage", _stage),
+    ("CREATE TEMP TABLE IF NOT EXISTS stage", _stage),
     ("INSERT INTO message (id, conversation_id, user_id, role, content, created_at, status, idempotency_key) SELECT id,", _insert_staged),
+    (
+        "INSERT INTO message (id, conversation_id, user_id, role, content, created_at, status, idempotency_key) SELECT * FROM unnest(",
+        _insert_straight,
+    ),
     ("SELECT s.id, m.id IS NOT NULL, k.id,", _compare_staged),
     ("DELETE FROM message WHERE conversation_id = ANY(%s)", _delete_messages),
     ("INSERT INTO shard (number, shards, last_id) VALUES", _note_shard),

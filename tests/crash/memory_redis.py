@@ -1,7 +1,7 @@
 """A Redis in this process, for the model: a dictionary, a clock that the model sets, and the real scripts in a real Lua 5.1.
 
 It knows the commands that `worker/` uses and no other: an unknown one raises, so that the model never passes by ignoring something.
-`test_model.py` runs the same random calls here and on a real Valkey and compares every answer and every key.
+`test_stand_ins.py` runs the same random calls over it and over a real Valkey, and compares answers and keys.
 """
 
 from __future__ import annotations

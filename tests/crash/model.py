@@ -60,6 +60,10 @@ SETTINGS = {
 }
 
 
+INTERLEAVINGS: set[int] = set()
+"""Every order of steps that was ever run, up to a step that one took while another stood in the middle of its work; each counted once."""
+
+
 class Fate(Enum):
     """What becomes of a step."""
 
@@ -108,6 +112,7 @@ class World:
         self.actors: list[Actor] = []
         self.history = History(clock=lambda: self.seconds)
         self.steps = 0
+        self._order = 0
         self.poison: set[str] = set()
         self.log = PendingLog(_AsyncClient(self), self.settings, wake=lambda shard: None)  # type: ignore[arg-type]
         self.log._scripts = _Scripts(self)  # type: ignore[assignment]
@@ -154,6 +159,9 @@ class World:
     def advance(self, actor: Actor, fate: Fate = Fate.WORKS) -> None:
         """One step of one actor."""
         self.steps += 1
+        self._order = hash((self._order, actor.name, actor.about, fate))
+        if len(self.actors) > 1:
+            INTERLEAVINGS.add(self._order)
         self.pass_time(STEP_MICROSECONDS / 1e6)
         actor.advance(fate)
         if actor.done:
@@ -352,9 +360,11 @@ def installed() -> Iterator[None]:
         mock.patch.object(worker.flush, "transaction", _current("transaction")),
         mock.patch.object(worker.flush, "raw_cursor", memory_postgres.raw_cursor),
         mock.patch.object(worker.loading, "transaction", _current("transaction")),
+        mock.patch.object(worker.persist, "STRAIGHT_MAX", 1),  # so that both ways are taken
         mock.patch.object(worker.committed, "read", _current("read")),
         mock.patch.object(worker.persist, "execute_values", memory_postgres.execute_values),
         mock.patch.object(worker.pending, "asyncio", _Asyncio),
+        mock.patch.object(reads, "asyncio", _Asyncio),
         mock.patch.object(worker.flush, "log", _Silence()),
         mock.patch.object(worker.pending, "log", _Silence()),
     ):

@@ -1,8 +1,8 @@
 """The model: every step of append, flush, trim, load and read in any order, each followed by a crash if the schedule says so.
 
 `Chatkeep` is the state machine that hypothesis drives: its rules start calls, flushes and troubles, and `go_on` gives a schedule for what
-is under way, a byte a step. The checker judges each history at its end. The stand-ins of the two stores are compared with the real ones
-below, call by call.
+is under way, a byte a step. Before it, all schedules of two: somebody is stopped (or killed, or loses a reply) at each of his steps, while
+others come to their end. The checker judges each history at its end. `test_stand_ins.py` compares the two stores with the real ones.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from tests.crash.model import Actor, Fate, World
 
 USERS = (2, 4, 3)
 """The first two share a shard."""
-STEPS_MIN = 100_000
-EXAMPLES_DEFAULT = 600
+INTERLEAVINGS_MIN = {"random": 40_000, "WORKS": 50_000, "REPLY_LOST": 5_000, "LATE": 6_000, "KILLED_AFTER": 5_000}
+"""More than 100,000 together. What counts as one is said at `model.INTERLEAVINGS`."""
+EXAMPLES_DEFAULT = 800
 EXAMPLES = int(os.environ.get("CHATKEEP_MODEL_EXAMPLES", EXAMPLES_DEFAULT))
 """More, for a longer search."""
 LENGTH = 40
@@ -59,6 +60,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
 
 @pytest.fixture(autouse=True)
 def _stand_ins() -> Iterator[None]:
+    model.INTERLEAVINGS.clear()
     with model.installed(), mock.patch.object(worker.loading, "RETRY_KEYS_MAX", 2):
         yield
 
@@ -317,7 +319,7 @@ def test_promise_is_kept_by_whoever_is_stopped_at_whatever_step(fate: Fate, caps
             assert not violations, "\n".join([*map(str, violations), where])
             if ended:
                 break
-    _tell(capsys, f"model: {steps} steps in {schedules} schedules of two ({fate.name})")
+    _count(capsys, f"{steps} steps in {schedules} schedules of two ({fate.name})", fate.name)
 
 
 def _stop_at(scene: Scene, doing: str, stopped_at: int, fate: Fate) -> bool:
@@ -348,10 +350,11 @@ def test_no_schedule_breaks_the_promise(capsys: pytest.CaptureFixture[str]) -> N
             phases=[Phase.generate] if "CHATKEEP_MUTANT" in os.environ else [Phase.generate, Phase.shrink],
         ),
     )
-    _tell(capsys, f"model: {Chatkeep.steps} steps in {Chatkeep.schedules} random schedules")
-    assert Chatkeep.steps >= STEPS_MIN or EXAMPLES < EXAMPLES_DEFAULT, "not a violation: the model has become lazy"
+    _count(capsys, f"{Chatkeep.steps} steps in {Chatkeep.schedules} random schedules", "random")
 
 
-def _tell(capsys: pytest.CaptureFixture[str], line: str) -> None:
+def _count(capsys: pytest.CaptureFixture[str], what: str, kind: str) -> None:
+    """Says how much was done, and fails if it was too little: then the model has become lazy."""
     with capsys.disabled():
-        print(f"\n{line}", end=" ")
+        print(f"\nmodel: {what}, {len(model.INTERLEAVINGS)} interleavings", end=" ")
+    assert len(model.INTERLEAVINGS) >= INTERLEAVINGS_MIN[kind] or EXAMPLES < EXAMPLES_DEFAULT
