@@ -49,6 +49,8 @@ from worker.settings import Settings
 START = keys.EPOCH_MICROSECONDS + 10**13
 STEP_MICROSECONDS = 4
 """Less than a tick: several ids fall into one."""
+STEPS_MAX = 5000
+"""Of a schedule; few take more than 500. More only come from somebody who tries something again and again."""
 SETTINGS = {
     "database_url": SecretStr("postgresql://nowhere/x"),
     "redis_url": SecretStr("redis://nowhere"),
@@ -159,6 +161,8 @@ class World:
     def advance(self, actor: Actor, fate: Fate = Fate.WORKS) -> None:
         """One step of one actor."""
         self.steps += 1
+        if self.steps > STEPS_MAX:
+            raise AssertionError(f"[13] never ends: {actor.name} ({actor.about}) after {self.steps} steps")
         self._order = hash((self._order, actor.name, actor.about, fate))
         if len(self.actors) > 1:
             INTERLEAVINGS.add(self._order)
@@ -293,7 +297,7 @@ class World:
                 return
             for actor in list(self.actors):
                 self.advance(actor)
-        raise AssertionError("some of these never end: " + ", ".join(f"{actor.name} ({actor.about})" for actor in self.actors))
+        raise AssertionError("[13] some of these never end: " + ", ".join(f"{actor.name} ({actor.about})" for actor in self.actors))
 
     def finish(self) -> list[Violation]:
         """Lets everything come to its end, reads it all, and judges."""

@@ -249,6 +249,10 @@ class Scene:
     def _list(self) -> None:
         self.world.list_all(2)
 
+    def _pry(self) -> None:
+        """Somebody of the same shard."""
+        self.world.probe(4, self.conversation)
+
     def _flush(self) -> None:
         self.world.flush(0)
 
@@ -279,6 +283,7 @@ MEANWHILE: tuple[tuple[str, ...], ...] = (
     ("flush", "rename", "flush"),
     ("delete", "flush"),
     ("flush", "empty"),
+    ("flush", "pry"),
     ("stall", "flush", "say"),
     ("say", "say", "say", "flush", "flush"),
     ("say_again", "flush", "wait"),
@@ -297,12 +302,13 @@ FATES = (Fate.WORKS, Fate.REPLY_LOST, Fate.LATE, Fate.KILLED_AFTER)
 def _scenes(fate: Fate) -> Iterator[tuple[tuple[str, ...], str, tuple[str, ...]]]:
     """All of them, where something is pending and nothing is lost; else those that have more to go wrong."""
     if fate is not Fate.WORKS:
-        yield from itertools.product(SETTINGS[:2], DOINGS[:7], MEANWHILE[:8])
+        yield from itertools.product(SETTINGS[:2], DOINGS[:7], MEANWHILE[:9])
         return
     yield from itertools.product(SETTINGS[:2], DOINGS, MEANWHILE)
-    yield from itertools.product(SETTINGS[2:], DOINGS[:6], MEANWHILE[:10])
+    yield from itertools.product(SETTINGS[2:], DOINGS[:6], MEANWHILE[:11])
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("fate", FATES, ids=lambda fate: fate.name)
 def test_promise_is_kept_by_whoever_is_stopped_at_whatever_step(fate: Fate, capsys: pytest.CaptureFixture[str]) -> None:
     schedules = steps = 0
@@ -337,6 +343,7 @@ def _stop_at(scene: Scene, doing: str, stopped_at: int, fate: Fate) -> bool:
 # All at once, at random
 
 
+@pytest.mark.timeout(900)
 def test_no_schedule_breaks_the_promise(capsys: pytest.CaptureFixture[str]) -> None:
     run_state_machine_as_test(
         Chatkeep,
