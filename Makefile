@@ -20,6 +20,7 @@ help:
 	@echo 'make test      all tests, on real servers (ARGS="tests/worker -k flush" for some)'
 	@echo 'make check     lint, types, schema drift'
 	@echo 'make crash     two minutes of kills, cuts and losses (ARGS="--seed 7 --minutes 60 --faults kill-storm"; --faults list: which)'
+	@echo 'make mutants   plant known bugs one at a time, and see that the crash suite finds each (ARGS="everysec trim-by-count"; --list)'
 	@echo 'make bench     measure it beside what it replaces, on a quiet machine (ARGS="--rows 1,6"); make bench-long: the long rows too'
 	@echo 'make outage    an hour without Postgres at 50 messages a second, and the way back'
 	@echo 'make format    put the code into the form that check asks for'
@@ -54,9 +55,12 @@ check: $(INSTALLED)
 	$(PY) -m mypy
 	$(PY) -m tests.schema
 
-.PHONY: crash
+.PHONY: crash mutants
 crash: $(INSTALLED)
 	$(PY) -m tests.crash $(ARGS)
+
+mutants: $(INSTALLED)
+	$(PY) -m tests.crash.mutants $(ARGS)
 
 # Every message of an hour at 50 a second, and their way into a Postgres that fsyncs; `make test` has two minutes' worth of it.
 .PHONY: outage
