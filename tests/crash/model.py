@@ -368,7 +368,6 @@ def installed() -> Iterator[None]:
         mock.patch.object(worker.committed, "read", _current("read")),
         mock.patch.object(worker.persist, "execute_values", memory_postgres.execute_values),
         mock.patch.object(worker.pending, "asyncio", _Asyncio),
-        mock.patch.object(reads, "asyncio", _Asyncio),
         mock.patch.object(worker.flush, "log", _Silence()),
         mock.patch.object(worker.pending, "log", _Silence()),
     ):

@@ -297,8 +297,8 @@ def judge(mutant: Mutant, tiers: Sequence[str], seconds: float) -> Verdict:
         for tier in tiers:
             left = seconds - (time.monotonic() - started)
             code, output = _run(tree, TIERS[tier], left)
-            if code == 1 and "Failed: Timeout" not in output:
-                return Verdict(mutant, tier, time.monotonic() - started, _reason(output))
+            if code == 1 and (said := _reason(output)):
+                return Verdict(mutant, tier, time.monotonic() - started, said)
             if code not in (0, None):
                 raise BrokenSuite(f"{mutant.name}: the {tier} tier ended with {code}:\n{output[-2000:]}")
             if left <= 0:
@@ -327,14 +327,9 @@ def _run(tree: Path, arguments: Sequence[str], seconds: float) -> tuple[int | No
 
 
 def _reason(output: str) -> str:
-    """The first violation, or the first error."""
-    lines = [line.removeprefix("E").strip() for line in output.splitlines() if line.startswith("E ")]
-    for wanted in ("[", "AssertionError", ""):
-        for line in lines:
-            text = line.removeprefix("AssertionError: ")
-            if text.startswith(wanted) and text:
-                return text[:160]
-    return output.strip()[-160:]
+    """The first violation, '' if there is none: whatever else fails is no catch."""
+    found = re.search(r"^E\s+(?:AssertionError: )?(\[\d+\] .*)$", output, re.MULTILINE)
+    return found[1][:160] if found else ""
 
 
 def main() -> int:

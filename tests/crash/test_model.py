@@ -250,7 +250,8 @@ class Scene:
         self.world.list_all(2)
 
     def _pry(self) -> None:
-        """Somebody of the same shard."""
+        """Somebody of the same shard, who also has a conversation under the same key."""
+        self.world.create(4, None, "a")
         self.world.probe(4, self.conversation)
 
     def _flush(self) -> None:
