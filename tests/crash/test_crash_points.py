@@ -40,6 +40,7 @@ NOT_SWEPT = {
     "reply_stop": "sets a mark for a writer, who may be gone",
     "events_open": "tells open pages what happened, which is no history",
     "forget": "ends a lease",
+    "end_sign_ins": "ends sign-ins, not histories",
 }
 CORE = (
     *("append:validated", "before:append", "after:append", "append:before_answer", "before:create", "after:create"),
@@ -63,7 +64,8 @@ class Sweep(Run):
     async def trouble(self, until: float, script: Sequence[str], clients: asyncio.Task[None]) -> None:
         """In place of the faults."""
         await self._killed_at("after:reply_add")  # leaves a reply that somebody has to end when its lease is over, in 15 s
-        late = asyncio.create_task(self._one_after_the_other(["before:reply_close", "after:reply_close"]))
+        # Both ordered at once: any number of processes may be about to end it.
+        late = asyncio.gather(self._killed_at("before:reply_close"), self._killed_at("after:reply_close"))
         for point in _alternating([point for point in _points() if "reply_close" not in point]):
             await self._killed_at(point)
         for link, direction in itertools.product(LINKS, ("requests", "replies")):
@@ -75,10 +77,6 @@ class Sweep(Run):
                 link = self.chance.choice([f"{who}-valkey", f"{who}-postgres"])
                 await asyncio.gather(self._killed_at(point, direction), self._lost_on(link, direction, 2))
         await late
-
-    async def _one_after_the_other(self, points: Sequence[str]) -> None:
-        for point in points:
-            await self._killed_at(point)
 
     async def _killed_at(self, point: str, note: str = "") -> None:
         """Orders a death there, and waits for it."""
