@@ -1,4 +1,4 @@
-"""The planted bugs can still be planted. That each is found is what `make mutants` is for; it takes a quarter of an hour."""
+"""The planted bugs can still be planted. That each is found is what `make mutants` is for; it takes six minutes on a quiet machine."""
 
 from __future__ import annotations
 
