@@ -26,9 +26,9 @@ from tests.crash.model import Actor, Fate, World
 
 USERS = (2, 4, 3)
 """The first two share a shard."""
-INTERLEAVINGS_MIN = {"random": 40_000, "WORKS": 50_000, "REPLY_LOST": 5_000, "LATE": 6_000, "KILLED_AFTER": 5_000}
+INTERLEAVINGS_MIN = {"random": 25_000, "WORKS": 70_000, "REPLY_LOST": 7_000, "LATE": 9_000, "KILLED_AFTER": 7_000}
 """More than 100,000 together. What counts as one is said at `model.INTERLEAVINGS`."""
-EXAMPLES_DEFAULT = 800
+EXAMPLES_DEFAULT = 500
 EXAMPLES = int(os.environ.get("CHATKEEP_MODEL_EXAMPLES", EXAMPLES_DEFAULT))
 """More, for a longer search."""
 LENGTH = 40
