@@ -49,6 +49,7 @@ POLL_SECONDS = 0.03
 HEARTBEAT_SECONDS = 10.0
 WATCH_SECONDS = 3.0
 _STORE_ATTEMPTS = 8
+_INTERRUPTED = "The reply was interrupted. The history has what was kept of it."
 _ALL_EVENTS = 1_000_000
 
 
@@ -164,7 +165,7 @@ class Turns:
         except NotFound:
             await self._streams.close_abandoned(user_id, conversation_id, None)
         except (ReplyFailed, KeyReused):  # KeyReused: it had stored the whole reply before it died; the history has it
-            interrupted = describe_problem(ReplyFailed("The reply was interrupted. The history has what was kept of it."))
+            interrupted = describe_problem(ReplyFailed(_INTERRUPTED))
             await self._streams.close_abandoned(user_id, conversation_id, "error", orjson.dumps(interrupted))
         else:
             await self._streams.close_abandoned(user_id, conversation_id, "assistant_message", reply.message.public(reply.committed))
@@ -294,6 +295,8 @@ class Turns:
                 if attempt == _STORE_ATTEMPTS - 1:
                     raise
                 await asyncio.sleep(0.25 * (attempt + 1))
+            except KeyReused as exc:  # we were stalled for longer than our lease, and somebody has stored what there was
+                raise ReplyFailed(_INTERRUPTED) from exc
             else:
                 ACCEPTED.inc(not reply.replayed)
                 return reply

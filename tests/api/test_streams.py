@@ -20,6 +20,7 @@ from worker import keys
 from worker.embedded import free_port
 from worker.errors import ReplyFailed
 from worker.flush import flush_shard
+from worker.pending import reply_key
 from worker.redis import connect_sync
 from worker.settings import Settings
 
@@ -354,6 +355,20 @@ class TestDeadProcess:
             ("And?", "complete"),
             ("fine", "complete"),
         ]
+
+    async def test_a_stalled_process_that_comes_back_is_told_what_happened(self, site: Site) -> None:
+        """Its lease ran out, another process stored what there was, and then it has more to say than that."""
+        session = await site.start()
+        turns = site.app.state.turns
+        asked = asyncio.create_task(site.http.post(f"/api/chat/{session}/message", json={"message": "Hello"}))
+        await eventually(lambda: asyncio.sleep(0, list(turns._running.values())), bool)
+        [writing] = turns._running.values()
+        owner, conversation, question = writing.writer.user_id, int(session), writing.writer.question_id
+        await turns._log.append(owner, conversation, "assistant", "half a ", status="incomplete", key=reply_key(question))
+        site.model.say("half a reply", None)
+        answer = await asked
+        assert (answer.status_code, answer.json()["detail"]) == (502, "The reply was interrupted. The history has what was kept of it.")
+        assert [m["content"] for m in await site.history(session)] == ["Hello", "half a "]
 
     async def test_a_stranger_cannot_end_it(self, site: Site, settings: Settings) -> None:
         session = await site.start()
