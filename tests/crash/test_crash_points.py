@@ -63,9 +63,10 @@ class Sweep(Run):
 
     async def trouble(self, until: float, script: Sequence[str], clients: asyncio.Task[None]) -> None:
         """In place of the faults."""
-        await self._killed_at("after:reply_add")  # leaves a reply that somebody has to end when its lease is over, in 15 s
-        # Both ordered at once: any number of processes may be about to end it.
-        late = asyncio.gather(self._killed_at("before:reply_close"), self._killed_at("after:reply_close"))
+        # Before a reply's first text: that leaves one which somebody has to end when its lease is over, in 15 s. Both deaths around its end
+        # are ordered at once, because any number of processes may be about to end it, and at the first visit, as there may be no second.
+        await self._killed_at("before:reply_add", visits=1)
+        late = asyncio.gather(self._killed_at("before:reply_close", visits=1), self._killed_at("after:reply_close", visits=1))
         for point in _alternating([point for point in _points() if "reply_close" not in point]):
             await self._killed_at(point)
         for link, direction in itertools.product(LINKS, ("requests", "replies")):
@@ -78,11 +79,11 @@ class Sweep(Run):
                 await asyncio.gather(self._killed_at(point, direction), self._lost_on(link, direction, 2))
         await late
 
-    async def _killed_at(self, point: str, note: str = "") -> None:
-        """Orders a death there, and waits for it."""
+    async def _killed_at(self, point: str, note: str = "", visits: int | None = None) -> None:
+        """Orders a death there, at this visit, and waits for it."""
         path = crashpoints.order(self.orders, point)
         fresh = path.with_suffix(".new")
-        fresh.write_text(str(self.chance.choice((1, 1, 2))))
+        fresh.write_text(str(visits or self.chance.choice((1, 1, 2))))
         fresh.rename(path)
         self.history.event("ordered", point=point, note=note)
         bring_about = HOW.get(point.partition(":")[2])
