@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import hiredis
 import pytest
 from pydantic import SecretStr
+from redis.exceptions import ResponseError
+from structlog.testing import capture_logs
 
 from worker import scripts
 from worker.errors import RedisUnavailable
@@ -219,3 +221,13 @@ async def test_close_is_bounded_and_leaves_no_connection(settings) -> None:
         with pytest.raises(RedisUnavailable):
             await call
         assert running._connection.lost
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [("WRONGTYPE Operation against a key", ["WRONGTYPE"]), ("ERR Error running script", ["ERR"]), ("LOADING x", [])]
+)
+async def test_what_redis_refuses_for_good_is_an_error_in_the_log(answer: str, said: list[str]) -> None:
+    """A script that is wrong would else be put off for ever, like an outage, without a word."""
+    with capture_logs() as logs:
+        assert isinstance(scripts.translate(ResponseError(answer)), RedisUnavailable)
+    assert [line["code"] for line in logs if line["log_level"] == "error"] == said
