@@ -10,26 +10,22 @@ signs in for works without Redis.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import time
-from collections.abc import Awaitable
 from ipaddress import IPv6Address, ip_address
 from math import ceil
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 from limits import RateLimitItem, RateLimitItemPerHour, RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter
 from redis.asyncio import Redis as AsyncRedis
-from redis.exceptions import RedisError
 
 from worker import keys
-from worker.errors import RedisUnavailable, TooManyAttempts
+from worker.errors import TooManyAttempts
+from worker.redis import answered
 from worker.settings import Settings
-
-T = TypeVar("T")
 
 WINDOW_MINUTES = 5
 _V6_NETWORK_BITS = 64
@@ -57,7 +53,7 @@ class Attempts:
     async def signed_in(self, address: str) -> None:
         """It succeeded: the tries before it were its owner's."""
         if self._per_address is not None:
-            await self._ask(self._limiter.clear(self._per_address, "in-as", self._hash(address)))
+            await answered(self._limiter.clear(self._per_address, "in-as", self._hash(address)), self._seconds)
 
     async def sign_up(self, request: Request, address: str) -> None:
         """One try to make an account."""
@@ -65,17 +61,10 @@ class Attempts:
         await self._count(self._per_address, "up-as", address)
 
     async def _count(self, limit: RateLimitItem | None, what: str, whose: str) -> None:
-        if limit is None or not whose or await self._ask(self._limiter.hit(limit, what, self._hash(whose))):
+        if limit is None or not whose or await answered(self._limiter.hit(limit, what, self._hash(whose)), self._seconds):
             return
-        window = await self._ask(self._limiter.get_window_stats(limit, what, self._hash(whose)))
+        window = await answered(self._limiter.get_window_stats(limit, what, self._hash(whose)), self._seconds)
         raise TooManyAttempts(max(1, ceil(window.reset_time - time.time())))
-
-    async def _ask(self, asked: Awaitable[T]) -> T:
-        try:
-            async with asyncio.timeout(self._seconds):
-                return await asked
-        except (TimeoutError, OSError, RedisError) as exc:
-            raise RedisUnavailable() from exc
 
     def _hash(self, text: str) -> str:
         return hmac.digest(self._key, text.encode("utf-8", "surrogatepass"), "sha256").hex()[:32]

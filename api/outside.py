@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,14 +25,14 @@ import orjson
 import structlog
 from jwt import PyJWK
 from redis.asyncio import Redis as AsyncRedis
-from redis.exceptions import RedisError
 
 from api.errors import Unauthorized
 from api.tokens import LEEWAY_SECONDS, VERIFIED_MAX, User
 from worker import keys
 from worker.accounts import outside_account
-from worker.errors import ConfigurationError, ProviderUnavailable, RedisUnavailable
+from worker.errors import ConfigurationError, ProviderUnavailable
 from worker.models import SUBJECT_CHARS_MAX
+from worker.redis import answered
 from worker.settings import Settings
 from worker.text import is_unicode
 from worker.threads import DatabaseThreads
@@ -212,20 +212,13 @@ class OutsideUsers:
     async def _id(self, subject: str) -> int:
         """From Redis, so that what somebody writes needs no Postgres; from Postgres the first time and once a day."""
         key = keys.outside(self._issuer, subject)
-        told = await self._ask(self._client.get(key))
+        told = await answered(self._client.get(key), self._settings.redis_timeout_seconds)
         if told is not None:
             return int(told)
         seconds = self._settings.postgres_timeout_seconds
         number = await self._threads.run(partial(outside_account, self._issuer, subject, seconds))
-        await self._ask(self._client.set(key, number, ex=KNOWN_SECONDS))
+        await answered(self._client.set(key, number, ex=KNOWN_SECONDS), self._settings.redis_timeout_seconds)
         return number
-
-    async def _ask(self, asked: Awaitable[Any]) -> Any:
-        try:
-            async with asyncio.timeout(self._settings.redis_timeout_seconds):
-                return await asked
-        except (TimeoutError, OSError, RedisError) as exc:
-            raise RedisUnavailable() from exc
 
 
 def outside_tokens(settings: Settings) -> OutsideTokens | None:

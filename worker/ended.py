@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 from redis.asyncio import Redis as AsyncRedis
-from redis.exceptions import RedisError
 
 from worker import keys
-from worker.errors import RedisUnavailable, TryAgainLater
+from worker.errors import TryAgainLater
+from worker.redis import answered
 from worker.scripts import AsyncScripts
 from worker.settings import Settings
 
@@ -126,13 +126,10 @@ class EndedSignIns:
 
     async def _read(self) -> tuple[Sequence[tuple[bytes, dict[bytes, bytes]]], bool]:
         """What comes after the entry that was read last, and whether that one is gone."""
-        try:
-            async with asyncio.timeout(self._seconds), self._client.pipeline(transaction=False) as pipeline:
-                pipeline.xread({keys.ENDED: self._after}, count=_COUNT)
-                pipeline.xrange(keys.ENDED, self._after, self._after)
-                streams, last = await pipeline.execute()
-        except (TimeoutError, OSError, RedisError) as exc:
-            raise RedisUnavailable() from exc
+        async with self._client.pipeline(transaction=False) as pipeline:
+            pipeline.xread({keys.ENDED: self._after}, count=_COUNT)
+            pipeline.xrange(keys.ENDED, self._after, self._after)
+            streams, last = await answered(pipeline.execute(), self._seconds)
         found = streams[0][1] if streams else ()
         return found, not (found if self._after == _START else last)
 

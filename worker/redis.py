@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from redis import BlockingConnectionPool, Redis
@@ -32,6 +32,8 @@ from redis.retry import Retry
 
 from worker.errors import ConfigurationError, NotDurable, RedisUnavailable
 from worker.settings import Settings
+
+T = TypeVar("T")
 
 REFRESH_SECONDS = 2.0
 STALE_SECONDS = 3 * REFRESH_SECONDS
@@ -92,6 +94,15 @@ def _pool(from_url: Callable[..., Any], settings: Settings, options: dict[str, A
         message = "REDIS_URL is not a Redis address: expected redis://:password@host:6379/0, rediss://… or unix:///path/to/socket"
         raise ConfigurationError(message) from None
     return pool
+
+
+async def answered(asked: Awaitable[T], seconds: float) -> T:
+    """Redis's answer to a plain command; raises `RedisUnavailable` where there is none in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await asked
+    except (TimeoutError, OSError, RedisError) as exc:
+        raise RedisUnavailable() from exc
 
 
 class _Cancellable(AbstractConnection):
