@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar, cast
 from fastapi import Depends, Header, Path, Query, Request
 
 from api.errors import Unprocessable
-from api.schemas import Id, Page, PathId
+from api.schemas import IDEMPOTENCY_KEY, PAGE_DEFAULT, PAGE_MAX, Id, Page, PathId
 from api.tokens import CurrentUser, User, current_user
 from worker.pending import PendingLog
 from worker.settings import Settings
@@ -38,14 +38,14 @@ IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
-        pattern=r"^[\x21-\x7e]{1,200}$",
+        pattern=f"^{IDEMPOTENCY_KEY}$",
         description="Up to 200 visible ASCII characters. With the same key, the same body is answered as the first time, and stored once.",
     ),
 ]
 
 
 async def history_page(
-    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    limit: Annotated[int, Query(ge=1, le=PAGE_MAX)] = PAGE_DEFAULT,
     before: Annotated[Id | None, Query(description="Only messages older than this one")] = None,
     after: Annotated[Id | None, Query(description="Only messages newer than this one")] = None,
 ) -> Page:

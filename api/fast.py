@@ -16,15 +16,14 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ValidationError
 
-from api.schemas import Page, parse_id
+from api.schemas import IDEMPOTENCY_KEY, PAGE_DEFAULT, PAGE_MAX, Page, parse_id
 from worker.keys import ID_LIMIT
 
 FastHandler = Callable[[Request], Awaitable[Response | None]]
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 Model = TypeVar("Model", bound=BaseModel)
 
-LIMIT_MAX, LIMIT_DEFAULT = 200, 50
-_KEY = re.compile(r"[\x21-\x7e]{1,200}")
+_KEY = re.compile(IDEMPOTENCY_KEY)
 _QUERY = re.compile(rb"(?:limit=(\d{1,3}))?(?:(?:^|&)(before|after)=([1-9]\d{0,15}))?")
 
 
@@ -78,7 +77,7 @@ def usual_page(request: Request) -> Page | None:
     found = _QUERY.fullmatch(request.scope["query_string"])
     if found is None:
         return None
-    limit, side, number = int(found[1] or LIMIT_DEFAULT), found[2], int(found[3] or 0)
-    if not 1 <= limit <= LIMIT_MAX or number >= ID_LIMIT:
+    limit, side, number = int(found[1] or PAGE_DEFAULT), found[2], int(found[3] or 0)
+    if not 1 <= limit <= PAGE_MAX or number >= ID_LIMIT:
         return None
     return Page(limit, number if side == b"before" else None, number if side == b"after" else None)

@@ -117,6 +117,10 @@ class ChatMessage(Body):
     message: Content
 
 
+IDEMPOTENCY_KEY = r"[\x21-\x7e]{1,200}"
+PAGE_MAX, PAGE_DEFAULT = 200, 50
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Which page of a history is asked for; without `before` and `after`, the latest."""
