@@ -1,4 +1,4 @@
-"""One connection to Redis that all callers of a process share.
+"""One connection to Redis that many callers share.
 
 With a pool, every call takes a connection, packs, sends, waits for and parses by itself: 70 µs of CPU an append, of 97 for the append
 as a whole. Here the commands of a turn of the event loop leave in one write, the answers come back in the same order, and hiredis does

@@ -6,9 +6,9 @@ When the broker is away or the process dies, nothing is lost but time: the wake 
 
 from __future__ import annotations
 
-import heapq
 import threading
 import time
+from collections import deque
 
 import structlog
 from celery import Celery
@@ -28,7 +28,7 @@ class Wakeups:
     def __init__(self, app: Celery, delay_seconds: float) -> None:
         self._app = app
         self._delay_seconds = delay_seconds
-        self._due: list[tuple[float, int]] = []
+        self._due: deque[tuple[float, int]] = deque()
         self._last = float("-inf")
         self._changed = threading.Condition()
         self._closing = False
@@ -40,7 +40,7 @@ class Wakeups:
         with self._changed:
             if all(waiting != shard for _, waiting in self._due):
                 self._last = max(time.monotonic() + self._delay_seconds, self._last + PACE_SECONDS)
-                heapq.heappush(self._due, (self._last, shard))
+                self._due.append((self._last, shard))  # each is due after the one before it
                 self._changed.notify()
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Wakeups:
         with self._changed:
             while True:
                 if self._due and (self._closing or self._due[0][0] <= time.monotonic()):
-                    return heapq.heappop(self._due)[1]
+                    return self._due.popleft()[1]
                 if self._closing:
                     return None
                 self._changed.wait(self._due[0][0] - time.monotonic() if self._due else None)
