@@ -32,6 +32,9 @@ from worker.flush import Report, flush_shard
 from worker.redis import connect_sync
 from worker.settings import Settings, get_settings
 
+PATIENT = {"REDIS_TIMEOUT_SECONDS": "10"}
+"""A disk that takes two seconds for an fsync has made a test fail that had nothing to do with time; those that have set their own."""
+
 Play = Callable[[Sequence[Turn]], AsyncGenerator[str, None]]
 
 
@@ -159,7 +162,7 @@ def house(postgres: EmbeddedPostgres, template: str, valkey: EmbeddedValkey, **s
         patch.setitem(Settings.model_config, "env_file", None)
         for field in Settings.model_fields:
             patch.delenv(field.upper(), raising=False)
-        values = {"DATABASE_URL": database_url, "REDIS_URL": valkey.url, "JWT_SECRET": secrets.token_urlsafe(48)}
+        values = {"DATABASE_URL": database_url, "REDIS_URL": valkey.url, "JWT_SECRET": secrets.token_urlsafe(48), **PATIENT}
         for variable, value in (values | settings).items():
             patch.setenv(variable, value)
         get_settings.cache_clear()

@@ -192,6 +192,23 @@ class TestText:
         assert copied.json_value() == ["You said: Copy me "]
         expect(button).to_be_focused()
 
+    def test_a_second_look_at_a_reply_leaves_its_button_alone(self, chat: ChatPage) -> None:
+        foot = chat.page.evaluate("""async () => {
+            const { MessageView } = await import("/static/app/message.js");
+            const message = { id: 1, content: "x", created_at: "2026-01-01T00:00:00Z", state: "pending", status: "complete" };
+            const view = new MessageView("assistant");
+            view.update(message);
+            document.body.append(view.element);
+            const button = view.element.querySelector(".copy");
+            button.focus();
+            button.lastElementChild.textContent = "Copied";
+            view.update({ ...message, state: "committed" });
+            const kept = [button === document.activeElement, button.isConnected, view.foot.textContent.endsWith("Copied")];
+            view.element.remove();
+            return kept;
+        }""")
+        assert foot == [True, True, True]
+
     def test_own_text_stays_as_it_was_written(self, chat: ChatPage) -> None:
         text = "  *not* emphasised\n\n\n1) no list    and   spaces\n```js\nlet x = '<b>';\n```\nend"
         chat.talk(text, "You said:")

@@ -7,7 +7,7 @@
 // failed     refused, with the reason
 
 import { clock, fully } from "./dates.js";
-import { copyButton, h, icon } from "./dom.js";
+import { arrange, copyButton, h, icon } from "./dom.js";
 import { Markdown, plain } from "./markdown.js";
 
 const STATES = {
@@ -24,6 +24,7 @@ export class MessageView {
   day = null;
   #state = null;
   #markdown;
+  #copy;
   #text = null;
 
   constructor(role) {
@@ -32,7 +33,9 @@ export class MessageView {
     this.foot = h("footer");
     this.time = h("time");
     this.element = h("article", { class: role, data: { role } }, h("h3", { class: "unseen" }, role === "user" ? "You" : "Chatkeep"), this.body, this.foot);
-    if (role === "assistant") this.#markdown = new Markdown(this.body);
+    if (role !== "assistant") return;
+    this.#markdown = new Markdown(this.body);
+    this.#copy = copyButton("Copy", () => this.#text); // one for good: it may have the focus, or be saying that it has copied
   }
 
   /** A message that the server has. */
@@ -48,8 +51,7 @@ export class MessageView {
       this.#showState();
     } else {
       this.element.dataset.state = this.element.dataset.state === "committed" ? "committed" : message.state;
-      const copy = copyButton("Copy", () => message.content);
-      this.foot.replaceChildren(this.time, ...(message.status === "incomplete" ? cutShort(copy) : [copy]));
+      arrange(this.foot, [this.time, ...(message.status === "incomplete" ? cutShort(this.#copy) : [this.#copy])]);
     }
   }
 
