@@ -149,7 +149,7 @@ class Chatkeep:
 
     def unhold(self, shard: int) -> None:
         """Whoever appends next to this shard asks for its flush."""
-        pending.clear_wake(self.redis, shard)
+        pending.clear_wakes(self.redis, [shard])
 
     def release(self, shards: Sequence[int] | None = None) -> None:
         """Asks for a flush of each shard now."""

@@ -219,7 +219,7 @@ def gates() -> Iterator[None]:
         return call
 
     with (
-        mock.patch.object(pending, "clear_wake", gated("wake", pending.clear_wake)),
+        mock.patch.object(pending, "clear_wakes", gated("wake", pending.clear_wakes)),
         mock.patch.object(flush, "try_lock", gated("lock", flush.try_lock)),
         mock.patch.object(pending, "fetch", gated("fetch", pending.fetch)),
         mock.patch.object(flush, "persist_batch", gated("persist", flush.persist_batch, after="commit")),

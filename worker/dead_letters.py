@@ -97,9 +97,9 @@ def replay_one(letter: int) -> str | None:
         if row.replayed_at is not None:
             return None
         entry = RawEntry(row.entry_id.encode(), unreadable(row.entry))
-        if not try_lock(cursor, row.shard):
+        if not try_lock(cursor, [row.shard]):
             return "its shard is being flushed; try again"
-        persisted = persist_batch(cursor, row.shard, settings.shards, [entry])
+        persisted = persist_batch(cursor, settings.shards, {row.shard: [entry]})
         if persisted.dead:
             return "refused again, see `show`"
         connection.execute(text("UPDATE dead_letter SET replayed_at = now() WHERE id = :id"), {"id": letter})

@@ -46,7 +46,7 @@ from worker.errors import (
 )
 from worker.loading import ConversationState
 from worker.redis import MEMORY_FULL
-from worker.scripts import Argument, AsyncScripts, run, translate
+from worker.scripts import Argument, AsyncScripts, run, run_all, translate
 from worker.settings import Settings
 from worker.threads import DatabaseThreads
 
@@ -594,33 +594,71 @@ class Withdrawn:
     key: str
 
 
-def clear_wake(client: Redis, shard: int) -> None:
-    """What is appended from now on asks for another flush. Before the lock is tried: whoever holds it looks at this after its commit."""
-    _call(lambda: client.delete(keys.wake(shard)))
+def clear_wakes(client: Redis, shards: Sequence[int]) -> list[int]:
+    """Clears wake flags, and answers which of these shards hold entries.
+
+    What is appended from now on asks for another flush. Before the locks are tried: whoever holds one looks at this after its commit.
+    """
+
+    def ask() -> list[Any]:
+        pipeline = client.pipeline(transaction=False)
+        pipeline.delete(*(keys.wake(shard) for shard in shards))
+        for shard in shards:
+            pipeline.xlen(keys.log(shard))
+        return list(pipeline.execute())
+
+    _, *lengths = _call(ask)
+    return [shard for shard, length in zip(shards, lengths, strict=True) if length]
 
 
-def has_entries(client: Redis, shard: int) -> bool:
-    """Whether anything is pending in a shard."""
-    return bool(_call(lambda: client.xlen(keys.log(shard))))
+def fetch(client: Redis, shards: Sequence[int], entries_max: int, bytes_max: int) -> dict[int, list[RawEntry]]:
+    """The oldest entries of these shards, each in its order; page by page in turn, so that a long log does not keep the others out.
+
+    At least one of each, if there is any, and no shard without one. Call it only while holding the shards' locks.
+    """
+    found: dict[int, list[RawEntry]] = {shard: [] for shard in shards}
+    going, total, size, count = list(shards), 0, 0, max(1, min(_FETCH_PAGE_FIRST, entries_max // len(shards)))
+    while going:
+        starts = [f"({found[shard][-1].id.decode()}" if found[shard] else "-" for shard in going]
+        full = []
+        for shard, page in zip(going, _pages(client, going, starts, count), strict=True):
+            entries = [RawEntry(entry_id, fields) for entry_id, fields in page]
+            found[shard] += entries
+            total += len(entries)
+            size += sum(entry.size for entry in entries)
+            if len(page) == count:
+                full.append(shard)
+        if size >= bytes_max or total >= entries_max:
+            break
+        going = full[: entries_max - total]
+        if going:
+            average = size // total  # a page of the largest messages would take 300 MB
+            count = max(1, min(_FETCH_PAGE, entries_max - total, (bytes_max - size) // average + 1) // len(going))
+    return {shard: entries for shard, entries in found.items() if entries}
 
 
-def fetch(client: Redis, shard: int, entries_max: int, bytes_max: int) -> list[RawEntry]:
-    """The oldest entries of a shard, in order; at least one if there is any. Call it only while holding the shard's lock."""
-    entries: list[RawEntry] = []
-    start, size, count = "-", 0, min(_FETCH_PAGE_FIRST, entries_max)
-    while True:
-        page: list[tuple[bytes, dict[bytes, bytes]]] = _call(
-            partial(client.execute_command, "XRANGE", keys.log(shard), start, "+", "COUNT", count)
-        )
-        entries += (RawEntry(entry_id, fields) for entry_id, fields in page)
-        size += sum(entry.size for entry in entries[len(entries) - len(page) :])
-        if len(page) < count or size >= bytes_max:
-            return entries
-        average = size // len(entries)  # a page of the largest messages would take 300 MB
-        count = min(_FETCH_PAGE, entries_max - len(entries), (bytes_max - size) // average + 1)
-        if count == 0:
-            return entries
-        start = "(" + entries[-1].id.decode()
+def _pages(client: Redis, shards: Sequence[int], starts: Sequence[str], count: int) -> list[list[tuple[bytes, dict[bytes, bytes]]]]:
+    def ask() -> list[Any]:
+        pipeline = client.pipeline(transaction=False)
+        for shard, start in zip(shards, starts, strict=True):
+            pipeline.execute_command("XRANGE", keys.log(shard), start, "+", "COUNT", count)  # type: ignore[no-untyped-call]
+        return list(pipeline.execute())
+
+    return _call(ask)
+
+
+@dataclass(frozen=True, slots=True)
+class Trim:
+    """Committed entries that are to be removed from a shard's log.
+
+    `conversations` are (id, user id) of those whose last entry is among these: they are settled in the same step, so that a crash
+    between two trims leaves no conversation that nobody settles.
+    """
+
+    shard: int
+    entries: Sequence[RawEntry]
+    conversations: Sequence[tuple[int, int]] = ()
+    withdrawn: Sequence[Withdrawn] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -631,21 +669,14 @@ class Trimmed:
     flush_asked: bool
 
 
-def trim(
-    client: Redis,
-    shard: int,
-    entries: Sequence[RawEntry],
-    conversations: Sequence[tuple[int, int]],
-    withdrawn: Sequence[Withdrawn],
-    *,
-    ttl_seconds: int,
-    messages_kept: int,
-) -> Trimmed:
-    """Removes these committed entries, and lets what they touched expire. Safe to run again.
+def trim(client: Redis, trims: Sequence[Trim], *, ttl_seconds: int, messages_kept: int) -> list[Trimmed]:
+    """Removes these committed entries, and lets what they touched expire. Safe to run again. One round trip, a script for each shard."""
+    answers = run_all(client, "trim", [_trim_call(one, ttl_seconds, messages_kept) for one in trims])
+    return [Trimmed(int(left), bool(asked)) for left, asked in answers]
 
-    `conversations` are (id, user id) of those whose last entry is among these: they are settled in the same step, so that a crash
-    between two trims leaves no conversation that nobody settles.
-    """
+
+def _trim_call(trim: Trim, ttl_seconds: int, messages_kept: int) -> tuple[list[str], list[Argument]]:
+    shard, entries, conversations = trim.shard, trim.entries, trim.conversations
     position = {conversation: i + 1 for i, (conversation, _) in enumerate(conversations)}
     script_keys = [keys.log(shard), keys.committed(shard), keys.backlog_bytes(shard), keys.wake(shard), keys.users(shard)]
     for conversation_id, user_id in conversations:
@@ -663,10 +694,9 @@ def trim(
     arguments += [entry.size for entry in entries]
     arguments += [entry.fields.get(b"u", b"") for entry in entries]
     arguments += [conversation_id for conversation_id, _ in conversations]
-    for gone in withdrawn:
+    for gone in trim.withdrawn:
         arguments += [position[gone.conversation_id], gone.message_id, gone.key]
-    left, asked = run(client, "trim", script_keys, arguments)
-    return Trimmed(int(left), bool(asked))
+    return script_keys, arguments
 
 
 @dataclass(frozen=True, slots=True)

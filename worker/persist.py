@@ -8,7 +8,7 @@ shard and never takes its neighbours along: the batch is halved under savepoints
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -55,6 +55,7 @@ class Persisted:
     messages: int = 0
     dead: int = 0
     conversations: dict[int, Touched] = field(default_factory=dict)
+    """By id, which tells their shard: that of their entries (`decode_entry` takes no other)."""
     withdrawn: list[Withdrawn] = field(default_factory=list)
 
 
@@ -76,46 +77,57 @@ class _Change:
 class _Dead:
     """An entry that Postgres cannot take; `reason` and `error` name no content."""
 
+    shard: int
     entry: RawEntry
     reason: str
     error: str = ""
 
 
-def try_lock(cursor: Cursor, shard: int) -> bool:
-    """Takes the shard's lock for the rest of the transaction, or says that somebody else has it.
+def try_lock(cursor: Cursor, shards: Sequence[int]) -> list[int]:
+    """Takes the locks of these shards for the rest of the transaction; the others, somebody else has.
 
-    The log is read only after this, so a flusher that was stalled holds nothing stale: its transaction, and the lock with it, is ended by
+    A log is read only after this, so a flusher that was stalled holds nothing stale: its transaction, and the lock with it, is ended by
     the server, and what it read is read again by the next one.
     """
-    cursor.execute("SELECT pg_try_advisory_xact_lock(%s, %s)", (SHARD_LOCK, shard))
-    return bool(cursor.fetchone()[0])
+    cursor.execute("SELECT n FROM unnest(%s::int[]) AS n WHERE pg_try_advisory_xact_lock(%s, n)", (list(shards), SHARD_LOCK))
+    return [number for (number,) in cursor.fetchall()]
 
 
-def persist_batch(cursor: Cursor, shard: int, shards: int, batch: Sequence[RawEntry]) -> Persisted:
-    """Writes a batch, in the log's order; the caller commits. Raises psycopg2's errors for anything but bad rows."""
+def persist_batch(cursor: Cursor, shards: int, batches: Mapping[int, Sequence[RawEntry]]) -> Persisted:
+    """Writes what each shard's log holds, in its order; the caller commits. Raises psycopg2's errors for anything but bad rows."""
     done = Persisted()
     decoded: list[tuple[RawEntry, Entry]] = []
     dead: list[_Dead] = []
-    for raw in batch:
-        try:
-            entry = decode_entry(raw.id, raw.fields)
-        except BadEntry as exc:
-            dead.append(_Dead(raw, "malformed", type(exc.__cause__).__name__ if exc.__cause__ else ""))
-        else:
-            if keys.shard_of_id(entry.id) == shard:
-                decoded.append((raw, entry))
+    last_ids: dict[int, int] = {}
+    for shard, batch in batches.items():
+        for raw in batch:
+            try:
+                entry = decode_entry(raw.id, raw.fields)
+            except BadEntry as exc:
+                dead.append(_Dead(shard, raw, "malformed", type(exc.__cause__).__name__ if exc.__cause__ else ""))
             else:
-                dead.append(_Dead(raw, "other_shard"))
+                if keys.shard_of_id(entry.id) == shard:
+                    decoded.append((raw, entry))
+                    last_ids[shard] = entry.id
+                else:
+                    dead.append(_Dead(shard, raw, "other_shard"))
     dead += _apply_or_halve(cursor, decoded, done)
-    _bury(cursor, shard, dead)
+    _bury(cursor, dead)
     done.dead = len(dead)
-    if decoded:
-        cursor.execute(
-            "INSERT INTO shard (number, shards, last_id) VALUES (%s, %s, %s) "
+    if last_ids:
+        execute_values(
+            cursor,
+            "INSERT INTO shard (number, shards, last_id) VALUES %s "
             "ON CONFLICT (number) DO UPDATE SET last_id = GREATEST(shard.last_id, EXCLUDED.last_id)",
-            (shard, shards, decoded[-1][1].id),
+            [(shard, shards, last_id) for shard, last_id in sorted(last_ids.items())],
+            page_size=len(last_ids),
         )
     return done
+
+
+def _shard(entry: Entry) -> int:
+    """Whose log it lay in: that of its id, or it would not have come so far."""
+    return keys.shard_of_id(entry.id)
 
 
 def _apply_or_halve(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Persisted) -> list[_Dead]:
@@ -131,7 +143,7 @@ def _apply_or_halve(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], d
             [(raw, entry)] = entries
             before = done.conversations.get(entry.conversation_id)
             done.conversations[entry.conversation_id] = Touched(before.user_id if before else entry.user_id, raw)
-            return [_Dead(raw, "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
+            return [_Dead(_shard(entry), raw, "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
         middle = len(entries) // 2
         return _apply_or_halve(cursor, entries[:middle], done) + _apply_or_halve(cursor, entries[middle:], done)
     cursor.execute("RELEASE SAVEPOINT part")
@@ -163,7 +175,7 @@ def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Pers
         number = entry.conversation_id
         done.conversations[number] = Touched(owners.get(number, entry.user_id), raw)
         if owners.get(number) != entry.user_id:
-            dead.append(_Dead(raw, "no_conversation"))
+            dead.append(_Dead(_shard(entry), raw, "no_conversation"))
             continue
         if number in gone:
             continue
@@ -224,11 +236,11 @@ def _insert_messages(cursor: Cursor, messages: dict[int, tuple[RawEntry, Entry]]
     for number, same_id, key_id, same_request in cursor.fetchall():
         raw, entry = messages[number]
         if same_id:
-            dead.append(_Dead(raw, "id_conflict"))
+            dead.append(_Dead(_shard(entry), raw, "id_conflict"))
         elif key_id is not None and not same_request:
-            dead.append(_Dead(raw, "key_conflict"))
+            dead.append(_Dead(_shard(entry), raw, "key_conflict"))
         elif key_id is None:
-            dead.append(_Dead(raw, "not_inserted"))
+            dead.append(_Dead(_shard(entry), raw, "not_inserted"))
         done.withdrawn.append(Withdrawn(entry.conversation_id, entry.id, entry.key))
     return dead
 
@@ -261,10 +273,10 @@ def _delete_conversations(cursor: Cursor, deletions: dict[int, datetime]) -> Non
     cursor.execute("DELETE FROM message WHERE conversation_id = ANY(%s)", (list(deletions),))
 
 
-def _bury(cursor: Cursor, shard: int, dead: Sequence[_Dead]) -> None:
+def _bury(cursor: Cursor, dead: Sequence[_Dead]) -> None:
     if not dead:
         return
-    rows = [(shard, one.entry.id.decode(errors="backslashreplace"), one.reason, one.error, readable(one.entry)) for one in dead]
+    rows = [(one.shard, one.entry.id.decode(errors="backslashreplace"), one.reason, one.error, readable(one.entry)) for one in dead]
     execute_values(
         cursor,
         "INSERT INTO dead_letter (shard, entry_id, reason, error, entry) VALUES %s ON CONFLICT (shard, entry_id) DO NOTHING",

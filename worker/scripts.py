@@ -72,6 +72,26 @@ def run(client: Redis, name: str, script_keys: Sequence[str], arguments: Sequenc
     return answer
 
 
+def run_all(client: Redis, name: str, calls: Sequence[tuple[Sequence[str], Sequence[Argument]]]) -> list[Any]:
+    """Runs a script for each of these keys and arguments, in one round trip; raises as `run` does, and then any of them may have run."""
+    chosen = script(name)
+    crashpoints.visit("before:" + name)
+    try:
+        pipeline = client.pipeline(transaction=False)
+        for script_keys, arguments in calls:
+            pipeline.evalsha(chosen.sha, len(script_keys), *script_keys, *arguments)
+        answers: list[Any] = pipeline.execute(raise_on_error=False)
+        for i, (script_keys, arguments) in enumerate(calls):
+            if isinstance(answers[i], NoScriptError):
+                answers[i] = client.eval(chosen.source, len(script_keys), *script_keys, *arguments)
+            elif isinstance(answers[i], RedisError):
+                raise answers[i]
+    except RedisError as exc:
+        raise translate(exc) from exc
+    crashpoints.visit("after:" + name)
+    return answers
+
+
 def translate(exc: BaseException) -> ChatkeepError:
     """A driver's error in our words. Whatever Redis refuses to do because it could not keep it is `NotDurable`, not an outage."""
     text = str(exc)  # an error that a script met in a command has the script's words before it

@@ -1,4 +1,4 @@
-"""The Celery tasks: an explicit name and one call each. An argument is a shard and never anything else."""
+"""The Celery tasks: an explicit name and one call each. An argument is a shard's number and never anything else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker import crashpoints, loading, pending
 from worker.app import app
 from worker.database import sqlalchemy_url
 from worker.errors import TryAgainLater
-from worker.flush import flush_shard
+from worker.flush import flush_shards
 from worker.health import note_activity
 from worker.redis import connect_sync
 from worker.settings import get_settings
@@ -32,20 +32,31 @@ _failures: dict[int, int] = {}
 
 
 @app.task(name="flush")
-def flush(shard: int) -> dict[str, Any]:
-    """Writes what a shard holds to Postgres. While a store is away it fails fast, and the sweep tries again after a growing pause."""
+def flush(*shards: int) -> dict[str, Any]:
+    """Writes what these shards hold to Postgres. While a store is away it fails fast, and the sweep tries again after a growing pause.
+
+    A shard whose last flush failed gets a task of its own, so that whatever is wrong with it keeps no other waiting.
+    """
     settings = get_settings()
-    if not 0 <= shard < settings.shards:
-        return {"shard": shard, "refused": "no such shard"}
+    known = [shard for shard in shards if 0 <= shard < settings.shards]
+    if not known:
+        return {"shards": list(shards), "refused": "no such shard"}
     crashpoints.visit("task:begun")
+    together = [shard for shard in known if shard not in _failures] or known[:1]
     try:
         note_activity(client())
-        report = flush_shard(client(), settings, shard, halvings=min(_failures.get(shard, 0), 16))
+        report = flush_shards(client(), settings, together, halvings=min(_failures.get(together[0], 0), 16))
         note_activity(client())
     except TryAgainLater as exc:
-        return {"shard": shard, "postponed": type(exc).__name__, "seconds": _postpone(shard, exc)}
-    _failures.pop(shard, None)
-    if report.more:
+        pauses = {shard: _postpone(shard, exc) for shard in together}
+        return {"shards": together, "postponed": type(exc).__name__, "seconds": max(pauses.values())}
+    finally:
+        for shard in known:
+            if shard not in together:
+                send_flush(app, shard)
+    for shard in together:
+        _failures.pop(shard, None)
+    for shard in report.more:  # a task each: other children may help
         send_flush(app, shard)
     crashpoints.visit("task:done")
     return asdict(report)

@@ -204,7 +204,7 @@ class Cursor:
             self._rows = _run(self._transaction, words, parameters)
             self.rowcount = len(self._rows)
 
-        if words.startswith(("SELECT pg_", "INSERT INTO message")):
+        if words.startswith(("SELECT pg_", "SELECT n FROM unnest", "INSERT INTO message")):
             self._transaction.server.step("sql " + words[:20], run, PostgresUnavailable)
         else:
             run()
@@ -259,8 +259,9 @@ def _run(one: Transaction, words: str, parameters: Any) -> list[tuple[Any, ...]]
     raise AssertionError(f"the model does not know this statement: {words}")
 
 
-def _try_lock(one: Transaction, _: str, parameters: Sequence[int]) -> list[tuple[Any, ...]]:
-    return [(one.lock((parameters[0], parameters[1])),)]
+def _try_lock(one: Transaction, _: str, parameters: tuple[Sequence[int], int]) -> list[tuple[Any, ...]]:
+    shards, lock_class = parameters
+    return [(shard,) for shard in shards if one.lock((lock_class, shard))]
 
 
 def _lock(one: Transaction, _: str, parameters: Mapping[str, int]) -> list[tuple[Any, ...]]:
@@ -345,11 +346,12 @@ def _delete_messages(one: Transaction, _: str, parameters: Sequence[Any]) -> Non
             one.delete("message", row)
 
 
-def _note_shard(one: Transaction, words: str, parameters: Any) -> None:
-    if isinstance(parameters, Mapping):
-        number, shards, last_id = parameters["number"], parameters["shards"], 0
-    else:
-        number, shards, last_id = parameters
+def _note_first_shard(one: Transaction, words: str, parameters: Mapping[str, int]) -> None:
+    _note_shard(one, words, (parameters["number"], parameters["shards"], 0))
+
+
+def _note_shard(one: Transaction, words: str, values: Sequence[int]) -> None:
+    number, shards, last_id = values
     row = next((row for row in one.rows("shard") if row["number"] == number), None)
     if row is None:
         one.put("shard", {"number": number, "shards": shards, "last_id": last_id})
@@ -358,7 +360,7 @@ def _note_shard(one: Transaction, words: str, parameters: Any) -> None:
 
 
 _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, ...]] | None]], ...] = (
-    ("SELECT pg_try_advisory_xact_lock(", _try_lock),
+    ("SELECT n FROM unnest(%s::int[]) AS n WHERE pg_try_advisory_xact_lock(", _try_lock),
     ("SELECT pg_advisory_xact_lock(", _lock),
     ("SAVEPOINT part", _savepoint),
     ("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part", _savepoint),
@@ -371,7 +373,7 @@ _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, 
     ),
     ("SELECT s.id, m.id IS NOT NULL, k.id,", _compare_staged),
     ("DELETE FROM message WHERE conversation_id = ANY(%s)", _delete_messages),
-    ("INSERT INTO shard (number, shards, last_id) VALUES", _note_shard),
+    ("INSERT INTO shard (number, shards, last_id) VALUES (:number, :shards, 0)", _note_first_shard),
 )
 
 
@@ -380,6 +382,10 @@ def _write(one: Transaction, words: str, rows: Sequence[Sequence[Any]]) -> int:
         return sum(
             _insert(one, found[1], dict(zip(found[2].split(", "), row, strict=True)), found[3], "ON CONFLICT" in words) for row in rows
         )
+    if words.startswith("INSERT INTO shard (number, shards, last_id) VALUES %s"):
+        for row in rows:
+            _note_shard(one, words, row)
+        return len(rows)
     if words.startswith("UPDATE conversation"):
         names, change = _update(words)
         return sum(change(one, dict(zip(names, row, strict=True))) for row in rows)

@@ -269,8 +269,8 @@ class World:
         ):
             self._client_call(self.history.invoke("probe", user, conversation=conversation, title=name), call, lambda _: {})
 
-    def flush(self, shard: int) -> None:
-        self.start(f"flush {shard}", lambda: worker.flush.flush_shard(self._client, self.settings, shard))
+    def flush(self, *shards: int) -> None:
+        self.start(f"flush {shards}", lambda: worker.flush.flush_shards(self._client, self.settings, shards))
 
     def _client_call(self, operation: Operation, call: Coroutine[Any, Any, Any], done: Callable[[Any], dict[str, Any]]) -> None:
         def run() -> None:
@@ -469,11 +469,8 @@ class _SyncClient:
         name, source = _scripts_by_sha()[sha]
         return self._step(name, lambda: self._world.redis.script(source, rest[:count], rest[count:]))
 
-    def delete(self, key: str) -> Any:
-        return self.execute_command("DEL", key)
-
-    def xlen(self, key: str) -> Any:
-        return self.execute_command("XLEN", key)
+    def eval(self, source: str, count: int, *rest: Any) -> Any:
+        raise AssertionError("every script is known by its hash")
 
     def execute_command(self, *command: Any) -> Any:
         def run() -> Any:
@@ -483,26 +480,42 @@ class _SyncClient:
         return self._step(command[0], run)
 
     def pipeline(self, *, transaction: bool) -> Any:
-        return _Counters()
+        return _SyncPipeline(self)
 
     def _step(self, about: str, effect: Callable[[], Any]) -> Any:
         return self._world.step(about, effect, RedisUnavailable)
 
 
-class _Counters:
-    """A pipeline of the worker's, which only counts for /metrics: not a step."""
+class _SyncPipeline:
+    """Commands that are collected; each is a step when they run: others' may come between, and a connection be cut."""
 
-    def __enter__(self) -> _Counters:
+    def __init__(self, client: _SyncClient) -> None:
+        self._client = client
+        self._commands: list[Callable[[], Any]] = []
+
+    def __enter__(self) -> _SyncPipeline:
         return self
 
     def __exit__(self, *_: object) -> None:
         pass
 
-    def hincrby(self, *_: Any) -> None:
-        pass
+    def delete(self, *names: str) -> None:
+        self.execute_command("DEL", *names)
 
-    def execute(self) -> None:
-        pass
+    def xlen(self, name: str) -> None:
+        self.execute_command("XLEN", name)
+
+    def execute_command(self, *command: Any) -> None:
+        self._commands.append(lambda: self._client.execute_command(*command))
+
+    def evalsha(self, *command: Any) -> None:
+        self._commands.append(lambda: self._client.evalsha(*command))
+
+    def hincrby(self, *_: Any) -> None:
+        """The worker's counts for /metrics: not a step."""
+
+    def execute(self, raise_on_error: bool = True) -> list[Any]:
+        return [run() for run in self._commands]
 
 
 @lru_cache

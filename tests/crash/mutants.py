@@ -81,8 +81,8 @@ MUTANTS = (
         (
             Edit(
                 "worker/flush.py",
-                '    crashpoints.visit("flush:committed")\n    trimmed = trim_batch(client, settings, shard, batch, persisted)\n',
-                '        trimmed = trim_batch(client, settings, shard, batch, persisted)\n    crashpoints.visit("flush:committed")\n',
+                '    crashpoints.visit("flush:committed")\n    left = trim_batches(client, settings, batches, persisted)\n',
+                '        left = trim_batches(client, settings, batches, persisted)\n    crashpoints.visit("flush:committed")\n',
             ),
         ),
     ),
@@ -102,11 +102,11 @@ MUTANTS = (
         "batch-before-lock",
         "R4: a batch is read before the shard's lock is held",
         (
-            Edit("worker/flush.py", "        batch = pending.fetch(", "        batch = early or pending.fetch("),
+            Edit("worker/flush.py", "        batches = pending.fetch(", "        batches = early or pending.fetch("),
             Edit(
                 "worker/flush.py",
                 "    with transaction(",
-                "    early = pending.fetch(client, shard, settings.flush_batch_max, BATCH_BYTES_MAX)\n    with transaction(",
+                "    early = pending.fetch(client, now, entries_max, BATCH_BYTES_MAX)\n    with transaction(",
             ),
         ),
     ),

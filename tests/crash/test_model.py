@@ -121,13 +121,13 @@ class Chatkeep(RuleBasedStateMachine):
 
     # The worker
 
-    @rule(shard=st.sampled_from([0, 0, 0, 1]), how=_HOW)
-    def flush(self, shard: int, how: How) -> None:
-        self._do(how, self.world.flush, shard)
+    @rule(shards=st.sampled_from([(0,), (0,), (0, 1), (1,)]), how=_HOW)
+    def flush(self, shards: tuple[int, ...], how: How) -> None:
+        self._do(how, self.world.flush, *shards)
 
-    @rule(shard=st.sampled_from([0, 0, 0, 1]))
-    def flush_at_once(self, shard: int) -> None:
-        self._do(AT_ONCE, self.world.flush, shard)
+    @rule(shards=st.sampled_from([(0,), (0,), (0, 1), (1,)]))
+    def flush_at_once(self, shards: tuple[int, ...]) -> None:
+        self._do(AT_ONCE, self.world.flush, *shards)
 
     # Troubles
 

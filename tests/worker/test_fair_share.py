@@ -53,5 +53,5 @@ async def test_a_trim_of_a_part_gives_back_that_part(settings: Settings, redis: 
     before = int(redis.hget(keys.users(0), str(user)) or 0)
     await log.append(user, conversation, "user", "two")
     both = int(redis.hget(keys.users(0), str(user)) or 0)
-    _pass(redis, one_more, 0, Report(0))
+    _pass(redis, one_more, [0], Report([0]))
     assert int(redis.hget(keys.users(0), str(user)) or 0) == both - before == int(redis.get(keys.backlog_bytes(0)) or 0)

@@ -9,7 +9,7 @@ import pytest
 from tests import core
 from worker import database, flush, keys, pending
 from worker.errors import PostgresUnavailable, RedisUnavailable
-from worker.flush import flush_shard
+from worker.flush import flush_shard, flush_shards
 from worker.pending import client_key, reply_key
 
 pytestmark = pytest.mark.anyio
@@ -162,7 +162,7 @@ class TestCrash:
             raise RedisUnavailable()
 
         with monkeypatch.context() as patched:
-            patched.setattr(pending, {"wake": "clear_wake"}.get(step, step), away)
+            patched.setattr(pending, {"wake": "clear_wakes"}.get(step, step), away)
             with pytest.raises(RedisUnavailable):
                 flush_shard(redis, settings, shard)
         assert core.contents(conversation) == (["1"] if step == "trim" else [])
@@ -179,7 +179,7 @@ class TestBatches:
         for content in said:
             await log.append(user, conversation, "user", content)
         report = flush_shard(redis, settings, shard)
-        assert (report.batches, report.entries, report.messages, report.more) == (7, 21, 20, False)
+        assert (report.batches, report.entries, report.messages, report.more) == (7, 21, 20, [])
         assert core.contents(conversation) == said
         core.assert_clean(redis, settings)
 
@@ -190,21 +190,21 @@ class TestBatches:
         monkeypatch.setattr(flush, "FLUSH_LOOP_SECONDS", 0.0)
         await log.append(user, conversation, "user", "1")
         report = flush_shard(redis, settings, shard)
-        assert (report.batches, report.entries, report.more) == (1, 1, True)
+        assert (report.batches, report.entries, report.more) == (1, 1, [shard])
 
     @pytest.mark.parametrize("entries_max", [1, 2, 7, 8, 9, 1000])
     async def test_fetch_takes_the_oldest_whole_and_in_order(self, redis, settings, shard, monkeypatch, entries_max) -> None:
         monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 2)
         monkeypatch.setattr(pending, "_FETCH_PAGE", 3)
         ids = [redis.xadd(keys.log(shard), {"b": "x" * 10 * i}, id=f"{i}-{i % 2}") for i in range(1, 9)]
-        assert [entry.id for entry in pending.fetch(redis, shard, entries_max, 1 << 20)] == ids[:entries_max]
+        assert [entry.id for entry in pending.fetch(redis, [shard], entries_max, 1 << 20)[shard]] == ids[:entries_max]
 
     async def test_fetch_holds_about_as_many_bytes_as_it_may(self, redis, settings, shard) -> None:
         """And at least one entry, however large."""
         for i in range(1, 301):
             redis.xadd(keys.log(shard), {"b": "x" * 10_000}, id=f"{i}-0")
-        assert len(pending.fetch(redis, shard, 5000, 1)) == pending._FETCH_PAGE_FIRST
-        sizes = [entry.size for entry in pending.fetch(redis, shard, 5000, 1_000_000)]
+        assert len(pending.fetch(redis, [shard], 5000, 1)[shard]) == pending._FETCH_PAGE_FIRST
+        sizes = [entry.size for entry in pending.fetch(redis, [shard], 5000, 1_000_000)[shard]]
         assert 1_000_000 <= sum(sizes) < 1_100_000
 
     async def test_nothing_to_do_leaves_postgres_asleep(self, redis, settings, shard, monkeypatch) -> None:
@@ -218,6 +218,96 @@ class TestBatches:
             assert flush_shard(redis, settings, shard).busy
             first.finish()
         core.assert_clean(redis, settings)
+
+
+class TestTogether:
+    """Shards that are flushed in one transaction."""
+
+    @pytest.fixture
+    async def three(self, settings, log) -> list[tuple[int, int, int]]:
+        """(shard, user, conversation) in three shards, each with one message."""
+        made = []
+        for user in [core.make_user() for _ in range(3)]:
+            conversation = (await log.create(user, None)).conversation.id
+            await log.append(user, conversation, "user", f"of {user}", key=client_key("a"))
+            made.append((keys.shard_of_user(user, settings.shards), user, conversation))
+        assert len({shard for shard, _, _ in made}) == 3
+        return made
+
+    async def test_one_transaction_takes_them_all(self, settings, redis, three, monkeypatch) -> None:
+        opened = []
+        monkeypatch.setattr(flush, "transaction", lambda **named: opened.append(named) or database.transaction(**named))
+        report = flush_shards(redis, settings, range(settings.shards))
+        assert (report.batches, report.entries, report.messages, report.busy, report.more) == (1, 6, 3, [], [])
+        assert len(opened) == 1
+        assert [core.contents(conversation) for _, _, conversation in three] == [[f"of {user}"] for _, user, _ in three]
+        assert core.ask("SELECT number FROM shard WHERE last_id > 0 ORDER BY number") == sorted((shard,) for shard, _, _ in three)
+        core.assert_clean(redis, settings)
+
+    @pytest.mark.parametrize("step", core.Flusher.STEPS)
+    async def test_crash_at_any_step_loses_and_doubles_nothing_of_any(self, settings, redis, log, three, step) -> None:
+        with core.gates():
+            flusher = core.Flusher(lambda: flush_shards(redis, settings, [shard for shard, _, _ in three]))
+            flusher.until(step)
+            flusher.kill()
+        for shard, user, conversation in three:
+            assert await core.shown(log, user, conversation) == [f"of {user}"]
+            assert (await log.append(user, conversation, "user", f"of {user}", key=client_key("a"))).replayed
+            flush_shard(redis, settings, shard)
+            assert core.contents(conversation) == [f"of {user}"]
+        core.assert_clean(redis, settings)
+
+    async def test_one_that_somebody_else_flushes_is_left_and_the_others_are_not(self, settings, redis, log, three) -> None:
+        shards = [shard for shard, _, _ in three]
+        with core.gates():
+            other = core.Flusher(lambda: flush_shard(redis, settings, shards[1]))
+            other.until("commit")
+            report = flush_shards(redis, settings, shards)
+            assert (report.busy, report.messages) == ([shards[1]], 2)
+            assert [core.contents(conversation) for _, _, conversation in three][1] == []
+            other.finish()
+        core.assert_clean(redis, settings)
+
+    async def test_bad_row_of_one_takes_nothing_of_the_others_along(self, settings, redis, log, three) -> None:
+        core.plant(redis, three[0][0], b="{")
+        core.plant(redis, three[1][0], b='{"content":"x"}')
+        report = flush_shards(redis, settings, [shard for shard, _, _ in three])
+        assert (report.messages, report.dead_letters, report.batches) == (3, 2, 1)
+        assert sorted(core.ask("SELECT shard FROM dead_letter")) == sorted((shard,) for shard, _, _ in three[:2])
+        core.assert_clean(redis, settings)
+
+    async def test_what_was_planted_about_anothers_conversation_unsettles_nothing(self, settings, redis, log, three) -> None:
+        (shard, user, conversation), (other, _, _), _ = three
+        last = pending.fetch(redis, [shard], 10, 1 << 20)[shard][-1]
+        redis.delete(keys.log(other))
+        redis.xadd(keys.log(other), last.fields, id=last.id)  # under the same id, even
+        assert flush_shards(redis, settings, [other, shard]).dead_letters == 1
+        assert core.ask("SELECT shard, reason FROM dead_letter") == [(other, "other_shard")]
+        assert redis.hget(keys.conversation(shard, conversation), "l") == b"0"
+        assert not redis.exists(keys.changed(other, user))
+        assert core.contents(conversation) == [f"of {user}"]
+
+    async def test_long_log_keeps_no_other_out(self, redis, settings) -> None:
+        for shard, count in ((3, 40), (4, 2), (5, 40)):
+            for i in range(1, count + 1):
+                redis.xadd(keys.log(shard), {"b": "x"}, id=f"{i}-0")
+        found = pending.fetch(redis, [3, 4, 5, 6], 30, 1 << 20)
+        assert {shard: len(entries) for shard, entries in found.items()} == {3: 14, 4: 2, 5: 14}
+        assert all([entry.id for entry in entries] == [b"%d-0" % i for i in range(1, len(entries) + 1)] for entries in found.values())
+
+    @pytest.mark.parametrize("batch_max", [1, 2, 3, 4])
+    async def test_batch_smaller_than_the_number_of_shards(self, settings, redis, log, three, monkeypatch, batch_max) -> None:
+        monkeypatch.setattr(settings, "flush_batch_max", batch_max)
+        report = flush_shards(redis, settings, [shard for shard, _, _ in three])
+        assert (report.entries, report.messages, report.more) == (6, 3, [])
+        assert report.batches >= 6 / max(batch_max, 3)
+        core.assert_clean(redis, settings)
+
+    async def test_what_lets_others_have_the_process_is_named(self, settings, redis, log, three, monkeypatch) -> None:
+        monkeypatch.setattr(settings, "flush_batch_max", 1)
+        monkeypatch.setattr(flush, "FLUSH_LOOP_SECONDS", 0.0)
+        shards = [shard for shard, _, _ in three]
+        assert sorted(flush_shards(redis, settings, shards).more) == sorted(shards)
 
 
 class TestManyConversations:

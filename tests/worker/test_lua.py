@@ -85,14 +85,14 @@ class TestLease:
 
 class TestTrim:
     def _entries(self, redis: Redis, shard: int) -> list[pending.RawEntry]:
-        return pending.fetch(redis, shard, 1000, 1 << 20)
+        return pending.fetch(redis, [shard], 1000, 1 << 20).get(shard, [])
 
     async def test_run_twice_and_late_it_does_nothing_more(self, settings, redis, log, user, shard, conversation) -> None:
         await log.append(user, conversation, "user", "1", key=client_key("a"))
         batch = self._entries(redis, shard)
 
         def trim() -> pending.Trimmed:
-            return pending.trim(redis, shard, batch, [(conversation, user)], [], ttl_seconds=900, messages_kept=10)
+            return pending.trim(redis, [pending.Trim(shard, batch, [(conversation, user)])], ttl_seconds=900, messages_kept=10)[0]
 
         assert trim() == pending.Trimmed(0, True)
         core.assert_clean(redis, settings)
@@ -113,7 +113,7 @@ class TestTrim:
         everything = self._entries(redis, shard)
         batch = everything[:3]
         redis.xdel(keys.log(shard), batch[1].id)
-        pending.trim(redis, shard, batch, [], [], ttl_seconds=900, messages_kept=10)
+        pending.trim(redis, [pending.Trim(shard, batch)], ttl_seconds=900, messages_kept=10)
         assert self._entries(redis, shard) == everything[3:]
         left = int(redis.get(keys.backlog_bytes(shard)))
         assert left == sum(entry.size for entry in everything[3:]) + batch[1].size, "what it did not take it does not count down"

@@ -185,8 +185,8 @@ class TestFlush:
     @staticmethod
     def _persist(settings: Settings, batch: Sequence[RawEntry], role: database.Role = "worker") -> tuple[int, int]:
         with transaction(seconds=20, role=role) as connection, raw_cursor(connection) as cursor:
-            assert try_lock(cursor, 1)
-            persisted = persist_batch(cursor, 1, settings.shards, batch)
+            assert try_lock(cursor, [1])
+            persisted = persist_batch(cursor, settings.shards, {1: batch})
         return persisted.messages, persisted.dead
 
 

@@ -27,7 +27,7 @@ def tasks(settings, redis, monkeypatch):
 def sent(tasks, monkeypatch) -> list[int]:
     """The shards whose flush was sent."""
     found: list[int] = []
-    monkeypatch.setattr(tasks, "send_flush", lambda app, shard: found.append(shard))
+    monkeypatch.setattr(tasks, "send_flush", lambda app, *shards: found.extend(shards))
     return found
 
 
@@ -79,14 +79,14 @@ class TestFlush:
     async def test_reports_numbers_and_nothing_else(self, settings, redis, tasks, sent, log, user, shard, conversation) -> None:
         await log.append(user, conversation, "user", "secret")
         report = tasks.flush(shard)
-        assert report["shard"] == shard
+        assert report["shards"] == [shard]
         assert report["messages"] == 1
-        assert all(isinstance(value, (int, float, bool)) for value in report.values())
+        assert all(isinstance(one, (int, float)) for value in report.values() for one in (value if isinstance(value, list) else [value]))
         core.assert_clean(redis, settings)
 
     @pytest.mark.parametrize("shard", [-1, 16, 10**30])
     def test_a_shard_that_does_not_exist_is_refused(self, tasks, shard) -> None:
-        assert tasks.flush(shard) == {"shard": shard, "refused": "no such shard"}
+        assert tasks.flush(shard) == {"shards": [shard], "refused": "no such shard"}
 
     async def test_what_is_left_is_somebodys(self, settings, redis, tasks, sent, log, user, shard, conversation, monkeypatch) -> None:
         from worker import flush
@@ -102,12 +102,12 @@ class TestFlush:
         self, redis, tasks, sent, log, user, shard, conversation, wakes, monkeypatch, error
     ) -> None:
         def away(*arguments, **named):
-            pending.clear_wake(redis, shard)
+            pending.clear_wakes(redis, [shard])
             raise error()
 
         pauses = []
         with monkeypatch.context() as patched:
-            patched.setattr(tasks, "flush_shard", away)
+            patched.setattr(tasks, "flush_shards", away)
             for _ in range(10):
                 result = tasks.flush(shard)
                 assert result["postponed"] == error.__name__
@@ -131,10 +131,10 @@ class TestFlush:
 
         persist = flush.persist_batch
 
-        def slow(cursor, shard, shards, batch):
-            if len(batch) > 3:
+        def slow(cursor, shards, batches):
+            if sum(map(len, batches.values())) > 3:
                 raise PostgresUnavailable()
-            return persist(cursor, shard, shards, batch)
+            return persist(cursor, shards, batches)
 
         monkeypatch.setattr(flush, "persist_batch", slow)
         monkeypatch.setattr(settings, "flush_batch_max", 16)
@@ -147,6 +147,66 @@ class TestFlush:
                 break
         assert core.contents(conversation) == said
         core.assert_clean(redis, settings)
+
+
+class TestTogether:
+    """A task may name several shards."""
+
+    async def test_are_flushed_in_one_batch(self, settings, redis, tasks, sent, log) -> None:
+        for user in [core.make_user() for _ in range(3)]:
+            await log.create(user, None)
+        report = tasks.flush(*range(settings.shards), 99, -1)
+        assert (report["batches"], report["entries"], report["shards"]) == (1, 3, list(range(settings.shards)))
+        assert sent == []
+
+    async def test_one_that_failed_gets_a_task_of_its_own(self, settings, redis, tasks, sent, log, monkeypatch) -> None:
+        """Or a shard whose flush fails for ever would keep the others from theirs."""
+        bad, good = (keys.shard_of_user(user, settings.shards) for user in await self._pending(log))
+        flush_shards = tasks.flush_shards
+
+        def refuses(client, settings, shards, halvings):
+            if bad in shards:
+                raise PostgresUnavailable()
+            return flush_shards(client, settings, shards, halvings)
+
+        monkeypatch.setattr(tasks, "flush_shards", refuses)
+        assert tasks.flush(bad, good)["postponed"] == "PostgresUnavailable"
+        assert set(tasks._failures) == {bad, good}
+        assert tasks.flush(good)["messages"] == 1
+        assert sent == []
+        assert tasks.flush(bad, good)["shards"] == [good]
+        assert sent == [bad]
+        assert tasks.flush(bad)["postponed"] == "PostgresUnavailable"
+        assert (redis.xlen(keys.log(bad)), redis.xlen(keys.log(good))) == (2, 0)
+
+    async def test_all_are_held_when_they_fail_together(self, settings, redis, tasks, sent, log, wakes, monkeypatch) -> None:
+        users = await self._pending(log)
+        shards = [keys.shard_of_user(user, settings.shards) for user in users]
+
+        def away(*arguments, **named):
+            raise PostgresUnavailable()
+
+        monkeypatch.setattr(tasks, "flush_shards", away)
+        tasks.flush(*shards)
+        assert all(redis.get(keys.wake(shard)) == b"0" for shard in shards)
+        tasks.flush(*shards)
+        assert (sent, tasks._failures) == ([shards[1]], {shards[0]: 2, shards[1]: 1})
+
+    async def test_of_what_is_left_each_gets_its_own(self, settings, redis, tasks, sent, log, monkeypatch) -> None:
+        from worker import flush
+
+        shards = [keys.shard_of_user(user, settings.shards) for user in await self._pending(log)]
+        monkeypatch.setattr(flush, "FLUSH_LOOP_SECONDS", 0.0)
+        monkeypatch.setattr(settings, "flush_batch_max", 2)
+        assert sorted(tasks.flush(*shards)["more"]) == sorted(shards)
+        assert sorted(sent) == sorted(shards)
+
+    @staticmethod
+    async def _pending(log) -> list[int]:
+        users = [core.make_user() for _ in range(2)]
+        for user in users:
+            await log.append(user, (await log.create(user, None)).conversation.id, "user", "x")
+        return users
 
 
 class TestInstallation:

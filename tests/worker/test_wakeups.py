@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -18,21 +19,21 @@ class Broker:
     """Stands in for Celery: notes what it is sent, and when; may fail or hang."""
 
     def __init__(self) -> None:
-        self.sent: list[tuple[int, float]] = []
+        self.sent: list[tuple[tuple[int, ...], float]] = []
         self.failing = False
         self.hold = threading.Event()
         self.hold.set()
 
-    def send_task(self, name: str, args: tuple[int], retry: bool) -> None:
+    def send_task(self, name: str, args: tuple[int, ...], retry: bool) -> None:
         assert (name, retry) == ("flush", False)
         self.hold.wait(10)
         if self.failing:
             raise ConnectionError("the broker is away")
-        self.sent.append((args[0], time.monotonic()))
+        self.sent.append((args, time.monotonic()))
 
     @property
-    def shards(self) -> list[int]:
-        return [shard for shard, _ in self.sent]
+    def shards(self) -> list[tuple[int, ...]]:
+        return [shards for shards, _ in self.sent]
 
 
 @pytest.fixture
@@ -54,25 +55,27 @@ def wait_for(condition) -> None:
         time.sleep(0.005)
 
 
-def test_a_shard_is_sent_once_after_the_delay(broker, wakeups) -> None:
+def test_shards_are_sent_together_once_after_the_delay(broker, wakeups) -> None:
     started = time.monotonic()
     for _ in range(5):
         wakeups.ask(7)
     wakeups.ask(3)
-    wait_for(lambda: len(broker.sent) == 2)
-    assert broker.shards == [7, 3]
-    assert all(0.05 <= moment - started < 1 for _, moment in broker.sent)
+    wait_for(lambda: broker.sent)
+    assert broker.shards == [(3, 7)]
+    assert 0.05 <= broker.sent[0][1] - started < 1
     wakeups.ask(7)
-    wait_for(lambda: len(broker.sent) == 3)
+    wait_for(lambda: len(broker.sent) == 2)
+    assert broker.shards == [(3, 7), (7,)]
+    assert broker.sent[1][1] - broker.sent[0][1] >= 0.05
 
 
-def test_many_shards_are_sent_at_a_pace(broker, wakeups) -> None:
-    started = time.monotonic()
-    for shard in range(16):
-        wakeups.ask(shard)
-    wait_for(lambda: len(broker.sent) == 16)
-    assert broker.shards == list(range(16))
-    assert all(moment - started >= 0.05 + i * PACE_SECONDS for i, (_, moment) in enumerate(broker.sent))
+def test_tasks_keep_a_distance_however_short_the_delay(broker) -> None:
+    made = Wakeups(broker, 0.0)  # type: ignore[arg-type]
+    while len(broker.sent) < 5:
+        made.ask(1)
+    made.close()
+    moments = [moment for _, moment in broker.sent[:5]]
+    assert all(later - earlier >= PACE_SECONDS - 0.002 for earlier, later in pairwise(moments))
 
 
 def test_asking_never_waits_for_the_broker(broker, wakeups) -> None:
@@ -85,7 +88,7 @@ def test_asking_never_waits_for_the_broker(broker, wakeups) -> None:
         wakeups.ask(shard)
     assert time.monotonic() - started < 0.05
     broker.hold.set()
-    wait_for(lambda: len(broker.sent) == 65)
+    wait_for(lambda: broker.shards == [(1,), tuple(range(64))])
 
 
 def test_a_failing_broker_does_not_end_it(broker, wakeups) -> None:
@@ -94,7 +97,7 @@ def test_a_failing_broker_does_not_end_it(broker, wakeups) -> None:
     time.sleep(0.1)
     broker.failing = False
     wakeups.ask(2)
-    wait_for(lambda: broker.shards == [2])
+    wait_for(lambda: broker.shards == [(2,)])
 
 
 def test_close_sends_what_waits_and_ends_the_thread(broker) -> None:
@@ -102,7 +105,7 @@ def test_close_sends_what_waits_and_ends_the_thread(broker) -> None:
     made.ask(1)
     made.ask(2)
     made.close()
-    assert broker.shards == [1, 2]
+    assert broker.shards == [(1, 2)]
     assert not made._thread.is_alive()
 
 
@@ -119,12 +122,12 @@ def test_close_is_bounded(broker, monkeypatch) -> None:
     broker.hold.set()
 
 
-def test_a_task_carries_a_shard_and_nothing_else(settings, redis) -> None:
+def test_a_task_carries_shards_and_nothing_else(settings, redis) -> None:
     """On the real broker."""
     app = make_app(settings)
-    assert send_flush(app, 5)
+    assert send_flush(app, 5, 7)
     [message] = redis.lrange("celery", 0, -1)
-    assert b'"argsrepr": "(5,)"' in message
+    assert b'"argsrepr": "(5, 7)"' in message
     assert redis.llen("celery") == 1
     app.close()
 
