@@ -110,18 +110,22 @@ def decode_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> Entry:
 
 
 def _sound(entry: Entry) -> bool:
-    numbers = (entry.id, entry.conversation_id, entry.user_id)
-    if not all(type(number) is int and 0 < number < keys.ID_LIMIT for number in numbers) or not 0 <= entry.microseconds < _YEAR_10000:
+    number, kind, microseconds, conversation, user, key, extra, role, content, status, title = entry
+    if not (type(number) is int and type(conversation) is int and type(user) is int):
         return False
-    if keys.shard_of_id(entry.id) != keys.shard_of_id(entry.conversation_id):
+    if not (
+        0 < number < keys.ID_LIMIT and 0 < conversation < keys.ID_LIMIT and 0 < user < keys.ID_LIMIT and 0 <= microseconds < _YEAR_10000
+    ):
         return False
-    if not _fits(entry.key, KEY_CHARS_MAX) or not _fits(entry.extra, HASH_CHARS_MAX if entry.kind == "c" else TITLE_CHARS_MAX):
+    if keys.shard_of_id(number) != keys.shard_of_id(conversation):
         return False
-    if entry.kind == "m":
-        return _fits(entry.content) and entry.role in ("user", "assistant") and entry.status in ("complete", "incomplete")
-    if entry.kind == "r":
-        return _fits(entry.title, TITLE_CHARS_MAX)
-    return entry.kind == "d" or (entry.kind == "c" and (entry.title is None or _fits(entry.title, TITLE_CHARS_MAX)))
+    if (key and not _fits(key, KEY_CHARS_MAX)) or (extra and not _fits(extra, HASH_CHARS_MAX if kind == "c" else TITLE_CHARS_MAX)):
+        return False
+    if kind == "m":
+        return _fits(content) and role in ("user", "assistant") and status in ("complete", "incomplete")
+    if kind == "r":
+        return _fits(title, TITLE_CHARS_MAX)
+    return kind == "d" or (kind == "c" and (title is None or _fits(title, TITLE_CHARS_MAX)))
 
 
 def _fits(value: Any, chars_max: int | None = None) -> bool:

@@ -582,7 +582,8 @@ class RawEntry(NamedTuple):
 
     @property
     def size(self) -> int:
-        return sum(len(self.fields.get(name, b"")) for name in (b"b", b"x", b"a")) + ENTRY_OVERHEAD_BYTES
+        field = self.fields.get
+        return len(field(b"b", b"")) + len(field(b"x", b"")) + len(field(b"a", b"")) + ENTRY_OVERHEAD_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -687,8 +688,8 @@ def _trim_call(trim: Trim, ttl_seconds: int, messages_kept: int) -> tuple[list[s
             keys.created_keys(shard, user_id),
             keys.events(shard, user_id),
         ]
-    numbers = (keys.entry_number(entry.id) or 0 for entry in entries)
-    highest = max((number for number in numbers if keys.shard_of_id(number) == shard), default=0)
+    from_the_end = (keys.entry_number(entry.id) or 0 for entry in reversed(entries))  # the log's order is that of its ids
+    highest = next((number for number in from_the_end if number and keys.shard_of_id(number) == shard), 0)
     arguments: list[Argument] = [ttl_seconds, ttl_seconds + EXTRA_TTL_SECONDS, messages_kept, highest, len(entries), len(conversations)]
     arguments += [entry.id for entry in entries]
     arguments += [entry.size for entry in entries]

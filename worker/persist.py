@@ -8,6 +8,7 @@ shard and never takes its neighbours along: the batch is halved under savepoints
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -63,14 +64,10 @@ class Persisted:
 class _Change:
     """What a batch changes in a conversation's row. `given_title`: what its first message named it."""
 
-    activity: datetime | None = None
+    activity: int = -1
+    """Unix microseconds; below 0: none."""
     title: str | None = None
     given_title: str | None = None
-
-    def message(self, entry: Entry) -> None:
-        moment = to_datetime(entry.microseconds)
-        self.activity = max(self.activity or moment, moment)
-        self.given_title = self.given_title or entry.extra or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +166,12 @@ def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Pers
             gone.add(number)
     dead: list[_Dead] = []
     messages: dict[int, tuple[RawEntry, Entry]] = {}
-    changes: dict[int, _Change] = {}
+    changes: defaultdict[int, _Change] = defaultdict(_Change)
+    last: dict[int, tuple[RawEntry, Entry]] = {}
     deletions: dict[int, datetime] = {}
     for raw, entry in entries:
         number = entry.conversation_id
-        done.conversations[number] = Touched(owners.get(number, entry.user_id), raw)
+        last[number] = raw, entry
         if owners.get(number) != entry.user_id:
             dead.append(_Dead(_shard(entry), raw, "no_conversation"))
             continue
@@ -181,13 +179,19 @@ def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Pers
             continue
         if entry.kind == "m":
             messages[entry.id] = raw, entry
-            changes.setdefault(number, _Change()).message(entry)
+            change = changes[number]
+            if entry.microseconds > change.activity:
+                change.activity = entry.microseconds
+            if entry.extra and not change.given_title:
+                change.given_title = entry.extra
         elif entry.kind == "r":
-            changes.setdefault(number, _Change()).title = entry.title
+            changes[number].title = entry.title
         elif entry.kind == "d":
             deletions[number] = to_datetime(entry.microseconds)
-    kept = {number: pair for number, pair in messages.items() if pair[1].conversation_id not in deletions}
-    dead += _insert_messages(cursor, kept, done)
+    done.conversations = {number: Touched(owners.get(number, entry.user_id), raw) for number, (raw, entry) in last.items()}
+    if deletions:
+        messages = {number: pair for number, pair in messages.items() if pair[1].conversation_id not in deletions}
+    dead += _insert_messages(cursor, messages, done)
     _update_conversations(cursor, changes)
     _delete_conversations(cursor, deletions)
     return dead
@@ -253,7 +257,10 @@ def _update_conversations(cursor: Cursor, changes: dict[int, _Change]) -> None:
         cursor,
         "UPDATE conversation c SET updated_at = GREATEST(c.updated_at, v.updated_at), title = COALESCE(v.title, c.title, v.given) "
         "FROM (VALUES %s) AS v (id, updated_at, title, given) WHERE c.id = v.id AND c.deleted_at IS NULL",
-        [(number, change.activity, change.title, change.given_title) for number, change in sorted(changes.items())],
+        [
+            (number, to_datetime(change.activity) if change.activity >= 0 else None, change.title, change.given_title)
+            for number, change in sorted(changes.items())
+        ],
         template="(%s, %s::timestamptz, %s::text, %s::text)",
         page_size=len(changes),
     )
