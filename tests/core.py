@@ -85,6 +85,11 @@ def text(body: bytes) -> str:
     return str(orjson.loads(body)["content"])
 
 
+def fetched(redis: Redis, shard: int, entries_max: int = 5000, bytes_max: int = 1 << 25) -> list[pending.RawEntry]:
+    """What a flush would read of a shard's log."""
+    return [entry for part in pending.fetch(redis, [shard], entries_max, bytes_max) for entry in part[shard]]
+
+
 def flush_all(redis: Redis, settings: Settings) -> list[Report]:
     """Flushes every shard until nothing is pending."""
     return [flush_shard(redis, settings, shard) for shard in range(settings.shards)]

@@ -12,10 +12,13 @@ One pass, in this order, and why:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import structlog
+from psycopg2.extensions import cursor as Cursor
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -31,12 +34,18 @@ FLUSH_LOOP_SECONDS = 0.5
 long each shard with a backlog keeps the others waiting. The task that it sends for itself costs 3 ms."""
 BATCH_BYTES_MAX = 32 << 20
 """A batch ends here even if it has fewer entries: it passes through this process's memory, and Postgres's, several times."""
+BESIDE_ENTRIES = 500
+"""A part that is as large is written by a thread, while this one fetches the next."""
 _TRIM_CHUNK = 1000
 """Entries of a shard that one script removes: Redis serves nobody else meanwhile (about 1 ms)."""
 WAKE_SECONDS = 8.0
 """How long a flush waits for a Postgres that is waking up."""
 BATCH_BUCKETS = (1, 10, 100, 1000, 5000, 10_000, 100_000)
 SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+_Batches: TypeAlias = dict[int, list[pending.RawEntry]]
+"""Entries of each shard, in its order."""
 
 
 @dataclass(slots=True)
@@ -92,11 +101,9 @@ def _pass(client: Redis, settings: Settings, shards: Sequence[int], report: Repo
         if not locked:
             return later
         crashpoints.visit("flush:locked")
-        batches = pending.fetch(client, locked, entries_max, BATCH_BYTES_MAX >> halvings)
+        batches, persisted = _write(cursor, settings, pending.fetch(client, locked, entries_max, BATCH_BYTES_MAX >> halvings))
         if not batches:
             return later
-        crashpoints.visit("flush:fetched")
-        persisted = persist_batch(cursor, settings.shards, batches)
         crashpoints.visit("flush:before_commit")
     crashpoints.visit("flush:committed")
     left = trim_batches(client, settings, batches, persisted)
@@ -119,6 +126,28 @@ def _pass(client: Redis, settings: Settings, shards: Sequence[int], report: Repo
     return later + [
         shard for shard, one in left.items() if one.entries_left and (not one.flush_asked or one.entries_left >= settings.flush_batch_max)
     ]
+
+
+def _write(cursor: Cursor, settings: Settings, parts: Iterator[_Batches]) -> tuple[_Batches, Persisted]:
+    """Writes what is fetched, part by part; while Postgres takes in a large one, the next is fetched: a fifth of the time of a backlog."""
+    batches: _Batches = {}
+    persisted = Persisted()
+    writing: Future[Persisted] | None = None
+    with ThreadPoolExecutor(1) as beside:  # its end waits for what is under way, so nobody else uses the cursor meanwhile
+        for part in parts:
+            crashpoints.visit("flush:fetched")
+            for shard, entries in part.items():
+                batches.setdefault(shard, []).extend(entries)
+            if writing is not None:
+                persisted.add(writing.result())
+                writing = None
+            if sum(map(len, part.values())) < BESIDE_ENTRIES:
+                persisted.add(persist_batch(cursor, settings.shards, part))
+            else:
+                writing = beside.submit(persist_batch, cursor, settings.shards, part)
+        if writing is not None:
+            persisted.add(writing.result())
+    return batches, persisted
 
 
 def trim_batches(

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +64,7 @@ EXTRA_TTL_SECONDS = 60
 """What hangs on a conversation outlives it, so that a known conversation never lacks its messages."""
 CLOCK_AHEAD_MS = 366 * 86_400_000
 """An id in the log that is further ahead of the server's clock (and not known to Postgres) was given by no append."""
-_FETCH_PAGE_FIRST, _FETCH_PAGE = 50, 500
+_FETCH_PAGE_FIRST, _FETCH_PAGE = 50, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -612,36 +612,36 @@ def clear_wakes(client: Redis, shards: Sequence[int]) -> list[int]:
     return [shard for shard, length in zip(shards, lengths, strict=True) if length]
 
 
-def fetch(client: Redis, shards: Sequence[int], entries_max: int, bytes_max: int) -> dict[int, list[RawEntry]]:
-    """The oldest entries of these shards, each in its order; page by page in turn, so that a long log does not keep the others out.
+def fetch(client: Redis, shards: Sequence[int], entries_max: int, bytes_max: int) -> Iterator[dict[int, list[RawEntry]]]:
+    """The oldest entries of these shards, each in its order, in parts: page by page in turn, so that a long log keeps no other out.
 
-    At least one of each, if there is any, and no shard without one. Call it only while holding the shards' locks.
+    At least one entry of each shard, if there is any, and no shard without one. Call it only while holding the shards' locks.
     """
-    found: dict[int, list[RawEntry]] = {shard: [] for shard in shards}
-    going, total, size, count = list(shards), 0, 0, max(1, min(_FETCH_PAGE_FIRST, entries_max // len(shards)))
+    going, total, size, count = dict.fromkeys(shards, "-"), 0, 0, max(1, min(_FETCH_PAGE_FIRST, entries_max // len(shards)))
     while going:
-        starts = [f"({found[shard][-1].id.decode()}" if found[shard] else "-" for shard in going]
-        full = []
-        for shard, page in zip(going, _pages(client, going, starts, count), strict=True):
-            entries = [RawEntry(entry_id, fields) for entry_id, fields in page]
-            found[shard] += entries
-            total += len(entries)
-            size += sum(entry.size for entry in entries)
-            if len(page) == count:
-                full.append(shard)
+        found: dict[int, list[RawEntry]] = {}
+        full: dict[int, str] = {}
+        for shard, page in zip(going, _pages(client, going, count), strict=True):
+            if page:
+                found[shard] = entries = [RawEntry(entry_id, fields) for entry_id, fields in page]
+                total += len(entries)
+                size += sum(entry.size for entry in entries)
+                if len(page) == count:
+                    full[shard] = f"({entries[-1].id.decode()}"
+        if found:
+            yield found
         if size >= bytes_max or total >= entries_max:
-            break
-        going = full[: entries_max - total]
+            return
+        going = dict(list(full.items())[: entries_max - total])
         if going:
             average = size // total  # a page of the largest messages would take 300 MB
             count = max(1, min(_FETCH_PAGE, entries_max - total, (bytes_max - size) // average + 1) // len(going))
-    return {shard: entries for shard, entries in found.items() if entries}
 
 
-def _pages(client: Redis, shards: Sequence[int], starts: Sequence[str], count: int) -> list[list[tuple[bytes, dict[bytes, bytes]]]]:
+def _pages(client: Redis, starts: Mapping[int, str], count: int) -> list[list[tuple[bytes, dict[bytes, bytes]]]]:
     def ask() -> list[Any]:
         pipeline = client.pipeline(transaction=False)
-        for shard, start in zip(shards, starts, strict=True):
+        for shard, start in starts.items():
             pipeline.execute_command("XRANGE", keys.log(shard), start, "+", "COUNT", count)  # type: ignore[no-untyped-call]
         return list(pipeline.execute())
 

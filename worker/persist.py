@@ -59,6 +59,13 @@ class Persisted:
     """By id, which tells their shard: that of their entries (`decode_entry` takes no other)."""
     withdrawn: list[Withdrawn] = field(default_factory=list)
 
+    def add(self, later: Persisted) -> None:
+        """What was written after this, in the same transaction."""
+        self.messages += later.messages
+        self.dead += later.dead
+        self.conversations |= later.conversations
+        self.withdrawn += later.withdrawn
+
 
 @dataclass(slots=True)
 class _Change:
@@ -144,9 +151,7 @@ def _apply_or_halve(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], d
         middle = len(entries) // 2
         return _apply_or_halve(cursor, entries[:middle], done) + _apply_or_halve(cursor, entries[middle:], done)
     cursor.execute("RELEASE SAVEPOINT part")
-    done.messages += part.messages
-    done.conversations |= part.conversations
-    done.withdrawn += part.withdrawn
+    done.add(part)
     return dead
 
 

@@ -102,11 +102,11 @@ MUTANTS = (
         "batch-before-lock",
         "R4: a batch is read before the shard's lock is held",
         (
-            Edit("worker/flush.py", "        batches = pending.fetch(", "        batches = early or pending.fetch("),
+            Edit("worker/flush.py", "_write(cursor, settings, pending.fetch(", "_write(cursor, settings, iter(early) or pending.fetch("),
             Edit(
                 "worker/flush.py",
                 "    with transaction(",
-                "    early = pending.fetch(client, now, entries_max, BATCH_BYTES_MAX)\n    with transaction(",
+                "    early = list(pending.fetch(client, now, entries_max, BATCH_BYTES_MAX))\n    with transaction(",
             ),
         ),
     ),

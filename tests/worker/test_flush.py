@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 
 import pytest
 
@@ -11,6 +13,7 @@ from worker import database, flush, keys, pending
 from worker.errors import PostgresUnavailable, RedisUnavailable
 from worker.flush import flush_shard, flush_shards
 from worker.pending import client_key, reply_key
+from worker.persist import persist_batch
 
 pytestmark = pytest.mark.anyio
 EMPTIED = True
@@ -197,14 +200,14 @@ class TestBatches:
         monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 2)
         monkeypatch.setattr(pending, "_FETCH_PAGE", 3)
         ids = [redis.xadd(keys.log(shard), {"b": "x" * 10 * i}, id=f"{i}-{i % 2}") for i in range(1, 9)]
-        assert [entry.id for entry in pending.fetch(redis, [shard], entries_max, 1 << 20)[shard]] == ids[:entries_max]
+        assert [entry.id for entry in core.fetched(redis, shard, entries_max)] == ids[:entries_max]
 
     async def test_fetch_holds_about_as_many_bytes_as_it_may(self, redis, settings, shard) -> None:
         """And at least one entry, however large."""
         for i in range(1, 301):
             redis.xadd(keys.log(shard), {"b": "x" * 10_000}, id=f"{i}-0")
-        assert len(pending.fetch(redis, [shard], 5000, 1)[shard]) == pending._FETCH_PAGE_FIRST
-        sizes = [entry.size for entry in pending.fetch(redis, [shard], 5000, 1_000_000)[shard]]
+        assert len(core.fetched(redis, shard, 5000, 1)) == pending._FETCH_PAGE_FIRST
+        sizes = [entry.size for entry in core.fetched(redis, shard, 5000, 1_000_000)]
         assert 1_000_000 <= sum(sizes) < 1_100_000
 
     async def test_nothing_to_do_leaves_postgres_asleep(self, redis, settings, shard, monkeypatch) -> None:
@@ -217,6 +220,96 @@ class TestBatches:
             first.until("commit")
             assert flush_shard(redis, settings, shard).busy
             first.finish()
+        core.assert_clean(redis, settings)
+
+
+class TestBeside:
+    """Large parts are written by a thread, while the next are fetched."""
+
+    @pytest.fixture(autouse=True)
+    def _every_part(self, monkeypatch) -> None:
+        monkeypatch.setattr(flush, "BESIDE_ENTRIES", 1)
+        monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 2)
+        monkeypatch.setattr(pending, "_FETCH_PAGE", 3)
+
+    @pytest.fixture
+    def threads(self, monkeypatch) -> list[str]:
+        """Who has written each part."""
+        names = []
+
+        def noted(*arguments):
+            names.append(threading.current_thread().name)
+            return persist_batch(*arguments)
+
+        monkeypatch.setattr(flush, "persist_batch", noted)
+        return names
+
+    async def test_parts_go_in_the_logs_order_in_one_transaction(self, settings, redis, log, user, shard, conversation, threads) -> None:
+        said = [str(i) for i in range(20)]
+        for content in said:
+            await log.append(user, conversation, "user", content, key=client_key(content))
+        await log.rename(user, conversation, "old")
+        await log.rename(user, conversation, "new")
+        gone = (await log.create(user, None)).conversation.id
+        await log.append(user, gone, "user", "x")
+        await log.delete(user, gone)
+        core.plant(redis, shard, b="{")
+        report = flush_shard(redis, settings, shard)
+        assert (report.batches, report.messages, report.dead_letters) == (1, 20, 1)
+        assert len(threads) == 10
+        assert threading.main_thread().name not in threads
+        assert (core.contents(conversation), core.contents(gone)) == (said, [])
+        assert core.ask("SELECT title FROM conversation ORDER BY id") == [("new",), (None,)]
+        core.assert_clean(redis, settings)
+
+    @pytest.mark.parametrize("part", [1, 2, 3])
+    async def test_postgres_away_in_a_part_leaves_the_log_whole(
+        self, settings, redis, log, user, shard, conversation, threads, monkeypatch, part
+    ) -> None:
+        for i in range(9):
+            await log.append(user, conversation, "user", str(i))
+        persist = flush.persist_batch
+
+        def away(cursor, *arguments):
+            if len(threads) == part:
+                cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+            return persist(cursor, *arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(flush, "persist_batch", away)
+            with pytest.raises(PostgresUnavailable):
+                flush_shard(redis, settings, shard)
+        assert (core.contents(conversation), redis.xlen(keys.log(shard))) == ([], 10)
+        assert flush_shard(redis, settings, shard).messages == 9
+        core.assert_clean(redis, settings)
+
+    async def test_redis_away_while_a_part_is_written_waits_for_it_and_commits_nothing(
+        self, settings, redis, log, user, shard, conversation, threads, monkeypatch
+    ) -> None:
+        for i in range(9):
+            await log.append(user, conversation, "user", str(i))
+        persist, pages, writing = flush.persist_batch, pending._pages, threading.Event()
+        written = []
+
+        def slow(*arguments):
+            writing.set()
+            time.sleep(0.2)
+            written.append(persist(*arguments))
+            return written[-1]
+
+        def away(*arguments):
+            if writing.is_set():
+                raise RedisUnavailable()
+            return pages(*arguments)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(flush, "persist_batch", slow)
+            patched.setattr(pending, "_pages", away)
+            with pytest.raises(RedisUnavailable):
+                flush_shard(redis, settings, shard)
+        assert len(written) == 1
+        assert (core.contents(conversation), redis.xlen(keys.log(shard))) == ([], 10)
+        assert flush_shard(redis, settings, shard).messages == 9
         core.assert_clean(redis, settings)
 
 
@@ -278,7 +371,7 @@ class TestTogether:
 
     async def test_what_was_planted_about_anothers_conversation_unsettles_nothing(self, settings, redis, log, three) -> None:
         (shard, user, conversation), (other, _, _), _ = three
-        last = pending.fetch(redis, [shard], 10, 1 << 20)[shard][-1]
+        last = core.fetched(redis, shard)[-1]
         redis.delete(keys.log(other))
         redis.xadd(keys.log(other), last.fields, id=last.id)  # under the same id, even
         assert flush_shards(redis, settings, [other, shard]).dead_letters == 1
@@ -287,11 +380,17 @@ class TestTogether:
         assert not redis.exists(keys.changed(other, user))
         assert core.contents(conversation) == [f"of {user}"]
 
-    async def test_long_log_keeps_no_other_out(self, redis, settings) -> None:
+    async def test_long_log_keeps_no_other_out(self, redis, settings, monkeypatch) -> None:
         for shard, count in ((3, 40), (4, 2), (5, 40)):
             for i in range(1, count + 1):
                 redis.xadd(keys.log(shard), {"b": "x"}, id=f"{i}-0")
-        found = pending.fetch(redis, [3, 4, 5, 6], 30, 1 << 20)
+        monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 4)
+        found: dict[int, list[pending.RawEntry]] = {}
+        parts = list(pending.fetch(redis, [3, 4, 5, 6], 30, 1 << 20))
+        assert [sorted(part) for part in parts] == [[3, 4, 5], [3, 5]]
+        for part in parts:
+            for shard, entries in part.items():
+                found.setdefault(shard, []).extend(entries)
         assert {shard: len(entries) for shard, entries in found.items()} == {3: 14, 4: 2, 5: 14}
         assert all([entry.id for entry in entries] == [b"%d-0" % i for i in range(1, len(entries) + 1)] for entries in found.values())
 

@@ -85,7 +85,7 @@ class TestLease:
 
 class TestTrim:
     def _entries(self, redis: Redis, shard: int) -> list[pending.RawEntry]:
-        return pending.fetch(redis, [shard], 1000, 1 << 20).get(shard, [])
+        return core.fetched(redis, shard)
 
     async def test_run_twice_and_late_it_does_nothing_more(self, settings, redis, log, user, shard, conversation) -> None:
         await log.append(user, conversation, "user", "1", key=client_key("a"))

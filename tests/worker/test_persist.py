@@ -36,7 +36,7 @@ def persist(redis, settings, shard, batch=None):
     url = settings.database_url.get_secret_value()
     with closing(psycopg2.connect(url, connect_timeout=10)) as connection, connection, connection.cursor() as cursor:
         assert try_lock(cursor, [shard])
-        batch = pending.fetch(redis, [shard], 5000, 1 << 25).get(shard, []) if batch is None else batch
+        batch = core.fetched(redis, shard) if batch is None else batch
         return batch, persist_batch(cursor, settings.shards, {shard: batch})
 
 
