@@ -21,7 +21,6 @@ from tests import schema
 from worker.embedded import EmbeddedPostgres, EmbeddedValkey
 from worker.settings import Settings, get_settings
 
-collect_ignore = ["test_benchmarks.py"]
 """Being written, under its own issue: `pytest tests/test_benchmarks.py` runs what there is."""
 
 START_SECONDS = 60.0

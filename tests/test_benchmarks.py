@@ -32,7 +32,7 @@ from benchmarks.stand import Stand
 from tests import core
 from worker import keys
 from worker.database import dispose
-from worker.flush import flush_shard
+from worker.flush import flush_shard, flush_shards
 from worker.pending import PendingLog
 from worker.redis import connect, connect_sync
 from worker.settings import Settings, get_settings
@@ -125,17 +125,36 @@ class TestAccept:
 
 class TestFlush:
     @pytest.mark.anyio
-    async def test_number_of_statements_does_not_depend_on_the_batch(self, counted: Counted) -> None:
+    async def test_number_of_statements_does_not_depend_on_the_rows(self, counted: Counted) -> None:
+        """Only on the parts that a large batch is written in, one for each thousand entries."""
         statements = {}
         async with writing(counted) as (log, user, conversation):
             with connect_sync(counted.settings) as client:
-                for count in (3, 10, 1000):
+                for count in (3, 3, 10, 600, 1000, 2000, 3000):  # the first one opens the connection
                     await append_many(log, user, conversation, count)
                     counted.reset()
                     assert _flush(client, counted.settings, user).messages >= count
                     statements[count] = counted.postgres.flights
-        assert statements[10] == statements[1000]
-        assert statements[1000] <= FLUSH_STATEMENTS_MAX
+        assert statements[3] == statements[10] <= FLUSH_STATEMENTS_MAX
+        assert statements[600] == statements[1000] <= 2 * FLUSH_STATEMENTS_MAX
+        assert statements[2000] - statements[1000] == statements[3000] - statements[2000] < FLUSH_STATEMENTS_MAX
+
+    @pytest.mark.anyio
+    async def test_number_of_statements_does_not_depend_on_the_shards(self, counted: Counted) -> None:
+        async with writing(counted) as (log, user, conversation):
+            with connect_sync(counted.settings) as client:
+                for _ in range(2):  # the first one opens the connection
+                    await log.append(user, conversation, "user", "x")
+                    counted.reset()
+                    flush_shards(client, counted.settings, range(16))
+                one = counted.postgres.flights
+                for other in [core.make_user() for _ in range(10)]:
+                    await log.append(other, (await log.create(other, None)).conversation.id, "user", "x")
+                counted.reset()
+                report = flush_shards(client, counted.settings, range(16))
+                assert (report.batches, report.messages) == (1, 10)
+        assert counted.postgres.flights == one + 1, "new conversations are one more statement"
+        assert counted.redis.flights <= 5
 
     @pytest.mark.anyio
     async def test_round_trips_to_redis_are_few_for_many_messages(self, counted: Counted) -> None:
