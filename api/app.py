@@ -22,15 +22,16 @@ from fastapi import FastAPI
 from fastapi.responses import FileResponse
 from fastapi.routing import iter_route_contexts
 from fastapi.staticfiles import StaticFiles
+from starlette.types import Receive, Scope, Send
 
-from api import auth, chat, conversations, errors, events, health, metrics
+from api import auth, chat, conversations, errors, events, fast, health, metrics
 from api.attempts import Attempts
 from api.health import Readiness
-from api.middleware import OptionalSlash, OwnLimits, SafetyHeaders
+from api.middleware import OptionalSlash, SafetyHeaders
 from api.outside import OutsideUsers, outside_tokens
 from api.passwords import Passwords
 from api.replies import responder
-from api.schemas import ProblemOut
+from api.schemas import MESSAGE_CHARS_MAX, ProblemOut
 from api.streams import OpenStreams
 from api.tokens import Tokens
 from api.turns import Turns
@@ -50,7 +51,15 @@ log = structlog.get_logger(__name__)
 
 
 class Chatkeep(FastAPI):
-    """FastAPI, with the shape of a problem in its OpenAPI document."""
+    """FastAPI, which is asked only for what `api/fast.py` leaves, with the shape of a problem in its OpenAPI document."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        left: Receive | None = receive
+        if scope["type"] == "http":
+            MESSAGE_CHARS_MAX.set(self.state.settings.message_chars_max)
+            left = await fast.answer(self.state, scope, receive, send)
+        if left is not None:
+            await super().__call__(scope, left, send)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -89,8 +98,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_api_route("/c/{conversation}", _page, include_in_schema=False)
     app.mount("/static", StaticFiles(directory=STATIC))
     errors.install(app, chosen.body_bytes_max)  # the innermost first
-    if settings is not None:
-        app.add_middleware(OwnLimits, message_chars_max=settings.message_chars_max)
     app.add_middleware(SafetyHeaders)
     app.add_middleware(metrics.Durations)
     app.add_middleware(OptionalSlash, paths=[route.path or "" for route in iter_route_contexts(app.routes)])

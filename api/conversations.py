@@ -5,23 +5,11 @@ from __future__ import annotations
 from typing import Annotated
 
 import orjson
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 
 from api import history
-from api.dependencies import (
-    AppSettings,
-    ConversationId,
-    CurrentUser,
-    HistoryPage,
-    IdempotencyKey,
-    Log,
-    Page,
-    current_user,
-    log_of,
-    settings_of,
-)
+from api.dependencies import AppSettings, ConversationId, CurrentUser, HistoryPage, IdempotencyKey, Log, Page
 from api.errors import problems
-from api.fast import FastRoute, fast, path_id, usual_body, usual_key, usual_page
 from api.metrics import ACCEPTED
 from api.schemas import ConversationChange, ConversationOut, ConversationPage, MessageOut, MessagePage, NewConversation, NewMessage
 from worker import crashpoints
@@ -30,7 +18,8 @@ from worker.loading import ConversationState
 from worker.pending import PendingLog, client_key
 from worker.settings import Settings
 
-router = APIRouter(prefix="/api/conversations", tags=["conversations"], route_class=FastRoute)
+MESSAGES_ROUTE = "/api/conversations/{conversation_id}/messages"
+router = APIRouter(prefix="/api/conversations", tags=["conversations"])
 
 
 @router.post("/", status_code=201, response_model=ConversationOut, responses=problems(401, 413, 422, 429, 503))
@@ -78,24 +67,16 @@ async def delete_conversation(user: CurrentUser, log: Log, settings: AppSettings
     return Response(status_code=204, headers=acknowledgement(settings))
 
 
-async def _add_usual_message(request: Request) -> Response | None:
-    user = await current_user(request)
-    conversation_id = path_id(request, "conversation_id")
-    usual, key = usual_key(request)
-    body = await usual_body(request, NewMessage) if usual else None
-    return None if body is None else await _add(log_of(request), settings_of(request), user.id, conversation_id, body, key)
-
-
 @router.post("/{conversation_id}/messages", status_code=201, response_model=MessageOut, responses=problems(401, 404, 413, 422, 429, 503))
-@fast(_add_usual_message)
 async def add_message(
     user: CurrentUser, log: Log, settings: AppSettings, conversation_id: ConversationId, body: NewMessage, key: IdempotencyKey = None
 ) -> Response:
     """Adds a message; it is safe in the pending log when the answer leaves."""
-    return await _add(log, settings, user.id, conversation_id, body, key)
+    return await add(log, settings, user.id, conversation_id, body, key)
 
 
-async def _add(log: PendingLog, settings: Settings, user_id: int, conversation_id: int, body: NewMessage, key: str | None) -> Response:
+async def add(log: PendingLog, settings: Settings, user_id: int, conversation_id: int, body: NewMessage, key: str | None) -> Response:
+    """The same, also for `api/fast.py`."""
     crashpoints.visit("append:validated")
     appended = await log.append(user_id, conversation_id, body.role, body.content, key=client_key(key) if key else None)
     if not appended.replayed:
@@ -104,21 +85,14 @@ async def _add(log: PendingLog, settings: Settings, user_id: int, conversation_i
     return as_json(appended.message.public(appended.committed), 201, acknowledgement(settings, appended.replayed))
 
 
-async def _list_usual_messages(request: Request) -> Response | None:
-    user = await current_user(request)
-    conversation_id = path_id(request, "conversation_id")
-    page = usual_page(request)
-    return None if page is None else await _list(log_of(request), user.id, conversation_id, page)
-
-
 @router.get("/{conversation_id}/messages", response_model=MessagePage, responses=problems(401, 404, 422, 503))
-@fast(_list_usual_messages)
 async def list_messages(user: CurrentUser, log: Log, conversation_id: ConversationId, page: HistoryPage) -> Response:
     """Gives a page of the history, oldest first: pending and committed messages as one."""
-    return await _list(log, user.id, conversation_id, page)
+    return await list_page(log, user.id, conversation_id, page)
 
 
-async def _list(log: PendingLog, user_id: int, conversation_id: int, page: Page) -> Response:
+async def list_page(log: PendingLog, user_id: int, conversation_id: int, page: Page) -> Response:
+    """The same, also for `api/fast.py`."""
     return as_json(b"{" + history_json(await history.read_history(log, user_id, conversation_id, page)) + b"}")
 
 

@@ -24,7 +24,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import iter_route_contexts
 from starlette._utils import get_route_path
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, State
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.requests import Request
@@ -155,12 +155,17 @@ def install(app: FastAPI, body_bytes_max: int) -> None:
 
 
 async def _on_chatkeep_error(request: Request, exc: ChatkeepError) -> Response:
+    return answer_to(exc, request.app.state)
+
+
+def answer_to(exc: ChatkeepError, state: State) -> Response:
+    """The answer to one of our own errors, which is counted and, if nobody foresaw it, logged."""
     status = status_of(exc)
     if isinstance(exc, RedisUnavailable):
         metrics.REDIS_ERRORS.inc()
     if isinstance(exc, PostgresUnavailable):
         metrics.POSTGRES_ERRORS.inc()
-        request.app.state.readiness.doubt_postgres()
+        state.readiness.doubt_postgres()
     if status == 500:
         log.error("unforeseen error", **describe(exc))
         return problem(500, "internal-error", _detail(exc, status))
@@ -251,10 +256,16 @@ class Unforeseen:
         try:
             await self.app(scope, receive, note_start)
         except Exception as exc:  # noqa: BLE001 - the last resort
-            log.error("unforeseen error", method=scope["method"], **describe(exc))
+            answer = unforeseen(exc, scope["method"])
             if started:  # only cutting the connection tells the client that the answer is not whole
                 raise BrokenAnswer() from None
-            await problem(500, "internal-error", "Something went wrong on our side.")(scope, receive, send)
+            await answer(scope, receive, send)
+
+
+def unforeseen(exc: Exception, method: str) -> Response:
+    """The answer to what nobody foresaw; says where it was, and quotes nothing."""
+    log.error("unforeseen error", method=method, **describe(exc))
+    return problem(500, "internal-error", "Something went wrong on our side.")
 
 
 class BrokenAnswer(Exception):

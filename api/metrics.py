@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from functools import cache
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -36,6 +36,8 @@ DURATION = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0),
     registry=REGISTRY,
 )
+STARTED = "chatkeep.started"
+"""In a request's scope, when somebody had it before `Durations`: since when."""
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -104,7 +106,6 @@ class Durations:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        self._series: dict[tuple[str, str, int], Any] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -118,16 +119,20 @@ class Durations:
                 status = message["status"]
             await send(message)
 
-        started = time.perf_counter()
+        started = scope.get(STARTED) or time.perf_counter()
         try:
             await self.app(scope, receive, note_status)
         finally:
-            self._observe(scope, status, time.perf_counter() - started)
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            observe(method, getattr(scope.get("route"), "path", "none"), status, time.perf_counter() - started)
 
-    def _observe(self, scope: Scope, status: int, seconds: float) -> None:
-        method = scope["method"] if scope["method"] in _METHODS else "other"
-        key = (method, getattr(scope.get("route"), "path", "none"), status)
-        series = self._series.get(key)
-        if series is None:
-            series = self._series[key] = DURATION.labels(*map(str, key))
-        series.observe(seconds)
+
+def observe(method: str, route: str, status: int, seconds: float) -> None:
+    """A request was answered."""
+    _duration(method, route, status).observe(seconds)
+
+
+@cache
+def _duration(method: str, route: str, status: int) -> Histogram:
+    """The series: looking it up takes longer than to add to it."""
+    return DURATION.labels(method, route, str(status))

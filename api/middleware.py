@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from starlette._utils import get_route_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.schemas import MESSAGE_CHARS_MAX
-
 Header = tuple[bytes, bytes]
 
 PAGE_POLICY = (
@@ -19,6 +17,8 @@ PAGE_POLICY = (
 _ALWAYS: tuple[Header, ...] = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"), (b"x-frame-options", b"DENY"))
 _ON_PAGE = (*_ALWAYS, (b"content-security-policy", PAGE_POLICY.encode()))
 _API_CACHING, _PAGE_CACHING = (b"cache-control", b"no-store"), (b"cache-control", b"no-cache")
+ON_API: tuple[Header, ...] = (*_ALWAYS, _API_CACHING)
+"""What an answer of the API has that says nothing else."""
 
 
 class SafetyHeaders:
@@ -62,16 +62,4 @@ class OptionalSlash:
                 scope["path"] += "/"
             elif path.endswith("/") and path not in self._with_slash and len(path) > 1 and path[-2] != "/":
                 scope["path"] = scope["path"][:-1]
-        await self.app(scope, receive, send)
-
-
-class OwnLimits:
-    """For an app that was made with settings of its own (tests): what the schemas would ask the process's settings for."""
-
-    def __init__(self, app: ASGIApp, message_chars_max: int) -> None:
-        self.app = app
-        self.message_chars_max = message_chars_max
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        MESSAGE_CHARS_MAX.set(self.message_chars_max)
         await self.app(scope, receive, send)

@@ -197,8 +197,8 @@ class OutsideUsers:
 
     async def user(self, token: str) -> User:
         """Whose token this is, who may be new. Raises `Unauthorized`, `ProviderUnavailable` and, for a new token, what the stores raise."""
-        known = self._verified.get(token)
-        if known is not None and known.expires > time.time():
+        known = self.known(token)
+        if known is not None:
             return known
         found = await self._tokens.verify(token)
         if found is None:
@@ -208,6 +208,11 @@ class OutsideUsers:
             del self._verified[next(iter(self._verified))]
         user = self._verified[token] = User(await self._id(subject), None, expires)
         return user
+
+    def known(self, token: str) -> User | None:
+        """Whose token this is, if it was asked before."""
+        known = self._verified.get(token)
+        return known if known is not None and known.expires > time.time() else None
 
     async def _id(self, subject: str) -> int:
         """From Redis, so that what somebody writes needs no Postgres; from Postgres the first time and once a day."""

@@ -68,9 +68,14 @@ class EndedSignIns:
 
     async def has_ended(self, sign_in: str) -> bool:
         """Whether this sign-in was ended; raises `RedisUnavailable` where that is not known."""
-        if sign_in not in self._until and self._clock() - self._looked_at > STALE_SECONDS:
+        if sign_in not in self._until and self.is_stale:
             await self._look_if_stale()
         return sign_in in self._until
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether this process has not heard for so long that it does not know who has ended."""
+        return self._clock() - self._looked_at > STALE_SECONDS
 
     def knows(self, sign_in: str) -> bool:
         """Whether this process has heard that this sign-in was ended."""
@@ -89,7 +94,7 @@ class EndedSignIns:
 
     async def _look_if_stale(self) -> None:
         async with self._looking:
-            if self._clock() - self._looked_at > STALE_SECONDS:
+            if self.is_stale:
                 await self._look()
 
     async def _watch(self) -> None:

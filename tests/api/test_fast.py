@@ -1,50 +1,161 @@
-"""The fast way answers as the ordinary one does, and is taken where it should be."""
+"""The fast way answers, stores, counts and logs as the ordinary one does, and is taken where it should be.
+
+Every request of these tables is sent both ways, as the server would hand it over: what differs, apart from ids and times, fails.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
-from fastapi import Request, Response
+from fastapi import FastAPI
+from prometheus_client import Metric
 from starlette.testclient import TestClient
+from starlette.types import Message
+from structlog.testing import capture_logs
 
-from api import conversations
+from api import fast, metrics
 from api.app import create_app
-from api.fast import FastHandler
-from tests.api.test_health import sign_up
+from api.errors import Unauthorized
+from api.metrics import REGISTRY
+from api.tokens import COOKIE, Tokens, User
+from tests import core
+from worker import errors
+from worker.ended import STALE_SECONDS
+from worker.pending import PendingLog
 from worker.settings import Settings
 
 TEXT = b'{"role":"user","content":"hi"}'
-JSON = {"content-type": "application/json"}
-POSTS: list[tuple[bytes, dict[str, str]]] = [
-    (TEXT, JSON),
-    (TEXT, JSON | {"idempotency-key": "a"}),
-    (TEXT, JSON | {"idempotency-key": "b" * 200}),
-    (TEXT, JSON | {"idempotency-key": "b" * 201}),
-    (TEXT, JSON | {"idempotency-key": ""}),
-    (TEXT, JSON | {"idempotency-key": "two words"}),
-    (b'{"content":"hi","role":"assistant"}', JSON),
-    (b'{"role":"user","content":"first","content":"last"}', JSON),
-    (b'\xef\xbb\xbf{"role":"user","content":"hi"}', JSON),
-    ('{"role":"user","content":"hi"}'.encode("utf-16"), JSON),
-    (TEXT, {}),
-    (TEXT, {"content-type": "text/plain"}),
-    (TEXT, {"content-type": "application/json; charset=utf-8"}),
-    (TEXT, {"content-type": "APPLICATION/JSON"}),
-    (TEXT, {"content-type": "application/vnd.api+json"}),
+Pairs = tuple[tuple[str, str], ...]
+JSON: Pairs = (("content-type", "application/json"),)
+BEARER: Pairs = (("authorization", "Bearer <token>"),)
+PATH = "/api/conversations/<id>/messages"
+LEFT: Message = {"type": "http.disconnect"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """`<token>` and `<id>` stand for those of the moment. Without `pieces`, the body comes at once, with its length before it."""
+
+    method: str = "POST"
+    target: str = PATH
+    headers: Pairs = BEARER + JSON
+    body: bytes = TEXT
+    pieces: tuple[Message, ...] = ()
+    root_path: str = ""
+
+    def with_headers(self, *more: tuple[str, str]) -> Request:
+        return replace(self, headers=self.headers + more)
+
+
+def piece(body: bytes, *, more: bool) -> Message:
+    return {"type": "http.request", "body": body, "more_body": more}
+
+
+POST = Request()
+GET = Request("GET", body=b"", headers=BEARER)
+CHUNKED = ("transfer-encoding", "chunked")
+
+USUAL = [
+    POST,
+    POST.with_headers(("idempotency-key", "a")),
+    POST.with_headers(("idempotency-key", "b" * 200)),
+    POST.with_headers(("x-request-id", "1"), ("accept", "*/*"), ("cookie", "theme=dark"), ("origin", "http://evil.example")),
+    replace(POST, target=PATH + "?x=1"),
+    replace(POST, target="/api/%63onversations/<id>/messages"),
+    replace(POST, headers=(("authorization", "Bearer   <token> "), *JSON)),
+    replace(POST, headers=(("authorization", "bearer <token>"), *JSON)),
+    replace(POST, headers=(("authorization", "Bearer <session>"), *JSON)),
+    replace(POST, headers=(("cookie", f"a=b; {COOKIE}=<token>"), ("sec-fetch-site", "same-origin"), *JSON)),
+    replace(POST, headers=(("cookie", f"{COOKIE}=<token>"), ("origin", "http://testserver"), *JSON)),
+    replace(POST, pieces=({"type": "http.request", "body": TEXT},)),
     *(
-        (body, JSON)
+        replace(POST, body=body)
         for body in (
-            b"",
-            b"{",
-            b"[]",
-            b"null",
-            b'"hi"',
-            b"{}",
-            b'{"role":"user"}',
-            b'{"role":"user","content":"hi"} x',
+            b'{"content":"hi","role":"assistant"}',
+            b' {"role":"user",\n"content":"hi"} ',
+            b'{"role":"user","content":"first","content":"last"}',
+            b'{"role":"user","content":"a\\ud83d\\ude00b"}',
+            b'{"role":"user","content":"' + b"x" * 100_000 + b'"}',
+        )
+    ),
+    GET,
+    replace(GET, headers=(("cookie", f"{COOKIE}=<token>"),)),
+    GET.with_headers(CHUNKED),  # nobody looks at its body
+    *(
+        replace(GET, target=f"{PATH}?{query}")
+        for query in ("", "limit=1", "limit=200", "before=9007199254740991", "limit=3&after=1", "after=1", "limit=003")
+    ),
+]
+
+UNUSUAL = [
+    *(replace(one, method=method) for one in (POST, GET) for method in ("HEAD", "OPTIONS", "PUT", "PATCH", "DELETE", "post", "get")),
+    *(
+        replace(one, target=target)
+        for one in (POST, GET)
+        for target in (
+            *("/api/conversations/<id>/messages/", "/api/conversations/<id>/messages//", "/api/conversations//messages"),
+            *("/api/conversations/0/messages", "/api/conversations/0<id>/messages", "/api/conversations/-1/messages"),
+            *("/api/conversations/x/messages", "/api/conversations/%D9%A1/messages", "/api/conversations/<id>%20/messages"),
+            *("/api/conversations/9007199254740992/messages", "/api/conversations/99999999999999999/messages"),
+            *("/api/conversations/<id>/messages%0A", "/API/conversations/<id>/messages", "/x/api/conversations/<id>/messages"),
+            *("/api/conversations/<id>%2F/messages", "//api/conversations/<id>/messages", "/api/conversations/<id>"),
+        )
+    ),
+    *(replace(one, root_path=root) for one in (POST, GET) for root in ("/chat", "/api")),
+    *(replace(one, root_path="/chat", target="/chat" + PATH) for one in (POST, GET)),
+    *(
+        replace(one, headers=(*headers, *JSON))
+        for one in (POST, GET)
+        for headers in (
+            (),
+            *((("authorization", value),) for value in ("", "Bearer", "Bearer ", "Basic x", "Bearer x", "<token>", "Bearer <expired>")),
+            *((("authorization", "Bearer " + value),) for value in ("<stranger>", "<ended>", "<token>x", "<to ken>", "\xe9")),
+            (("authorization", "Bearer <token>"), ("authorization", "Bearer <token>")),
+            (("authorization", "Bearer x"), ("authorization", "Bearer <token>")),
+            (("authorization", "Bearer <token>"), ("authorization", "Bearer x")),
+            (("authorization", "Basic x"), ("cookie", f"{COOKIE}=<token>"), ("sec-fetch-site", "same-origin")),
+            (("cookie", "a=b"), ("cookie", f"{COOKIE}=<token>"), ("sec-fetch-site", "same-origin")),
+            (("cookie", f"{COOKIE}=x"), ("sec-fetch-site", "same-origin")),
+            (("cookie", f"{COOKIE}=<ended>"), ("sec-fetch-site", "same-origin")),
+            (("cookie", f"{COOKIE}=x"),),
+        )
+    ),
+    *(
+        replace(POST, headers=(("cookie", f"{COOKIE}=<token>"), *headers, *JSON))
+        for headers in (
+            (),
+            (("sec-fetch-site", "cross-site"),),
+            (("sec-fetch-site", "same-site"), ("origin", "http://testserver")),
+            (("origin", "http://evil.example"),),
+            (("origin", "null"),),
+        )
+    ),
+    *(
+        replace(POST, headers=BEARER + headers)
+        for headers in (
+            (),
+            *((("content-type", kind),) for kind in ("", "text/plain", "application/json; charset=utf-8", "APPLICATION/JSON")),
+            (("content-type", "application/vnd.api+json"),),
+            (("content-type", "text/plain"), *JSON),
+            (*JSON, ("content-type", "text/plain")),
+        )
+    ),
+    *(POST.with_headers(("idempotency-key", key)) for key in ("", "two words", "b" * 201, "\xe9", "a\tb")),
+    POST.with_headers(("idempotency-key", "a"), ("idempotency-key", "b")),
+    *(
+        replace(POST, body=body)
+        for body in (
+            *(b"", b"{", b"[]", b"null", b'"hi"', b"{}", b'{"role":"user"}', b'{"role":"user","content":"hi"} x'),
+            b'\xef\xbb\xbf{"role":"user","content":"hi"}',
+            '{"role":"user","content":"hi"}'.encode("utf-16"),
             b'{"role":"user","content":"hi","more":1}',
             b'{"role":"system","content":"hi"}',
             b'{"role":"user","content":1}',
@@ -53,103 +164,307 @@ POSTS: list[tuple[bytes, dict[str, str]]] = [
             b'{"role":"user","content":""}',
             b'{"role":"user","content":"a\\u0000b"}',
             b'{"role":"user","content":"a\\ud800b"}',
-            b'{"role":"user","content":"a\\ud83d\\ude00b"}',
             b'{"role":"user","content":"a\xffb"}',
             b'{"role":"user","content":NaN}',
             b"[" * 100_000,
-            b'{"role":"user","content":"' + b"x" * 100_000 + b'"}',
             b'{"role":"user","content":"' + b"x" * 100_001 + b'"}',
             b'{"role":"user","content":"' + b"x" * (1 << 20) + b'"}',
         )
     ),
+    replace(POST, pieces=(piece(TEXT, more=False),)).with_headers(CHUNKED),
+    *(
+        replace(POST, pieces=(piece(TEXT, more=False),)).with_headers(("content-length", length))
+        for length in ("", "-1", "x", "1.5", "+5", " 5", "1048577", "9" * 30)
+    ),
+    replace(POST, pieces=(piece(TEXT, more=False),)).with_headers(("content-length", "30"), ("content-length", "30")),
+    replace(POST, pieces=(piece(TEXT[:5], more=True), piece(b"", more=True), piece(TEXT[5:], more=True), piece(b"", more=False))),
+    replace(POST, pieces=(piece(TEXT, more=True), piece(b"", more=False))),
+    # The declared length is small, and the body is not.
+    replace(POST, pieces=(piece(b"x" * (1 << 21), more=False),)).with_headers(("content-length", "30")),
+    replace(POST, pieces=(piece(b" " * (1 << 20), more=True), piece(TEXT, more=False))).with_headers(("content-length", "30")),
+    # The client leaves before the end.
+    replace(POST, pieces=(LEFT,)),
+    replace(POST, pieces=(piece(TEXT, more=True), LEFT)),
+    replace(POST, pieces=(piece(TEXT[:5], more=True), LEFT)),
+    replace(GET, body=b"x"),
+    GET.with_headers(("content-length", "1048577")),
+    *(
+        replace(GET, target=f"{PATH}?{query}")
+        for query in (
+            *("limit=0", "limit=201", "limit=", "limit=-1", "limit=1.5", "limit=%31", "limit=1&limit=2", "limit=x", "limit=+1"),
+            *("before=9007199254740992", "before=0", "before=01", "before=1&after=2", "after=1&limit=2", "before=", "x=1", "limit=1&"),
+            *("&limit=1", "limit=1;after=1", "LIMIT=1"),
+        )
+    ),
 ]
-QUERIES = [
-    *("", "limit=1", "limit=200", "before=9007199254740991", "limit=3&after=1", "after=1", "limit=003"),
-    *("limit=0", "limit=201", "limit=", "limit=-1", "limit=1.5", "limit=%31", "limit=1&limit=2", "limit=x", "limit= 1", "limit=+1"),
-    *("before=9007199254740992", "before=0", "before=01", "before=1&after=2", "after=1&limit=2", "before=", "x=1", "limit=1&", "&limit=1"),
+
+FAILURES: list[Exception] = [
+    *(errors.BacklogFull(), errors.UserBacklogFull(), errors.NotDurable(), errors.RedisUnavailable(), errors.PostgresUnavailable()),
+    *(errors.NotFound(), errors.KeyReused(), errors.TurnRunning(), errors.TooManyMessages(7), errors.TooSlow()),
+    *(errors.BadEntry("quokka"), errors.ConfigurationError("quokka"), RuntimeError("quokka"), ValueError("quokka")),
 ]
+
+
+@dataclass
+class Told:
+    """What came of a request: what was answered, what was counted, logged and stored."""
+
+    fast: bool = False
+    status: int = 0
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body: str = ""
+    sent: list[str] = field(default_factory=list)
+    error: str = ""
+    counted: dict[str, float] = field(default_factory=dict)
+    logged: list[tuple[Any, ...]] = field(default_factory=list)
+    stored: int = 0
+
+
+class Ways:
+    """Asks the same both ways, each in a conversation of its own, and compares."""
+
+    def __init__(self, client: TestClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.client = client
+        self.app = app
+        self.log: PendingLog = app.state.log
+        self.user = core.make_user()
+        self._monkeypatch = monkeypatch
+        secret = app.state.settings.jwt_secret.get_secret_value()
+        self._texts = {
+            "<token>": app.state.tokens.issue(self.user),
+            "<session>": app.state.tokens.issue(self.user, "a sign-in"),
+            "<ended>": app.state.tokens.issue(self.user, "ended"),
+            "<expired>": Tokens(secret, -3600).issue(self.user),
+            "<stranger>": Tokens("x" * 48, 3600).issue(self.user),
+        }
+        app.state.ended.note(["ended"])
+
+    def same(self, request: Request, *, usual: bool, twice: bool = False) -> Told:
+        """What both are told; with `twice`, the second time."""
+        ordinary = self._ask(request, twice, fast_way=False)
+        told = self._ask(request, twice, fast_way=True)
+        assert told.fast == usual, request
+        assert replace(told, fast=False) == ordinary, request
+        return told
+
+    def _ask(self, request: Request, twice: bool, *, fast_way: bool) -> Told:
+        assert self.client.portal is not None
+        conversation = self.client.portal.call(self.log.create, self.user, "a title").conversation.id
+        if twice:
+            self.client.portal.call(self.send, request, conversation, fast_way)
+        told: Told = self.client.portal.call(self.send, request, conversation, fast_way)
+        page = self.client.portal.call(PendingLog.read, self.log, self.user, conversation, "before", None, 10)
+        told.stored = len(page.messages) if page else 0
+        return told
+
+    async def send(self, request: Request, conversation: int, fast_way: bool) -> Told:
+        told = Told()
+
+        async def answer(state: Any, scope: Any, receive: Any, send: Any) -> Any:
+            left = await fast_answer(state, scope, receive, send) if fast_way else receive
+            told.fast = left is None
+            return left
+
+        told.fast = fast_way  # unless it says so itself
+
+        fast_answer = fast.answer
+        pieces = iter(request.pieces or (piece(request.body, more=False),))
+
+        async def receive() -> Message:
+            return next(pieces, LEFT)
+
+        async def answering(message: Message) -> None:
+            told.sent.append(message["type"])
+            if message["type"] == "http.response.start":
+                told.status, told.headers = message["status"], sorted(message["headers"])
+            else:
+                told.body += _without_numbers(message.get("body", b"").decode())
+
+        before = _counted()
+        with self._monkeypatch.context() as patched, capture_logs() as logged:
+            patched.setattr(fast, "answer", answer)
+            try:
+                await self.app(self._scope(request, conversation), receive, answering)
+            except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001 - what it is, is compared
+                told.error = type(exc).__name__
+        told.counted = {name: value - before.get(name, 0.0) for name, value in _counted().items() if value != before.get(name, 0.0)}
+        told.logged = [(one["event"], one.get("error"), one.get("method")) for one in logged]
+        return told
+
+    def _scope(self, request: Request, conversation: int) -> dict[str, Any]:
+        headers = [("host", "testserver"), *request.headers]
+        if not request.pieces and request.body:
+            headers.append(("content-length", str(len(request.body))))
+        elif request.pieces and all(name not in ("content-length", "transfer-encoding") for name, _ in headers):
+            headers.append(("content-length", str(len(TEXT))))
+        path, _, query = request.target.replace("<id>", str(conversation)).partition("?")
+        return {
+            **{"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "scheme": "http"},
+            **{"server": ("testserver", 80), "client": ("192.0.2.1", 1), "root_path": request.root_path, "state": {}},
+            **{"method": request.method, "path": unquote(path), "raw_path": path.encode(), "query_string": query.encode()},
+            "headers": [(name.encode(), self._filled(value).encode("latin-1")) for name, value in headers],
+        }
+
+    def _filled(self, value: str) -> str:
+        for name, text in self._texts.items():
+            value = value.replace(name, text)
+        return value
 
 
 def _without_numbers(text: str) -> str:
     return re.sub(r"\d{4}-\d\d-\d\dT[\d:.]+Z|\d{9,}", "#", text)
 
 
-class Ways:
-    """Asks the same in both ways, each in a conversation of its own, and compares."""
-
-    def __init__(self, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.client = client
-        self.bearer = {"authorization": sign_up(client, "ann@example.org")["Authorization"]}
-        self._monkeypatch = monkeypatch
-
-    def same(self, method: str, path: str, headers: dict[str, str] | None = None, **options: Any) -> int:
-        """The status that both answer."""
-        ordinary = self._ask(method, path, headers, options)
-        with self._monkeypatch.context() as patched:
-            patched.setattr(conversations, "usual_body", _never)
-            patched.setattr(conversations, "usual_page", lambda _: None)
-            assert self._ask(method, path, headers, options) == ordinary
-        return ordinary[0]
-
-    def _ask(self, method: str, path: str, headers: dict[str, str] | None, options: dict[str, Any]) -> tuple[int, list[str], str]:
-        conversation = self.client.post("/api/conversations/", json={}, headers=self.bearer).json()["id"]
-        given = {name.lower(): value for name, value in (self.bearer | (headers or {})).items()}
-        answer = self.client.request(method, path.replace("{}", str(conversation)), headers=given, **options)
-        return answer.status_code, sorted(set(answer.headers)), _without_numbers(answer.text)
+def _counted() -> dict[str, float]:
+    """What this process has counted, without what depends on time."""
+    families: Sequence[Metric] = list(REGISTRY.collect())
+    return {
+        f"{sample.name}{sample.labels}": sample.value
+        for family in families
+        for sample in family.samples
+        if family.name.startswith("chatkeep") and not sample.name.endswith(("_sum", "_bucket"))
+    }
 
 
-async def _never(*_: Any) -> None:
-    return None
+@contextmanager
+def both(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
+    app = create_app(settings)
+    with TestClient(app) as client:
+        yield Ways(client, app, monkeypatch)
 
 
 @pytest.fixture
 def ways(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ways]:
-    with TestClient(create_app(settings)) as client:
-        yield Ways(client, monkeypatch)
+    with both(settings, monkeypatch) as found:
+        yield found
 
 
-def test_messages_are_taken_and_refused_alike(ways: Ways) -> None:
-    told = [ways.same("POST", "/api/conversations/{}/messages", headers, content=body) for body, headers in POSTS]
-    assert {201, 413, 422} <= set(told)
-    assert told[0] == told[1] == 201
+def test_usual_calls_are_answered_alike_and_go_the_fast_way(ways: Ways) -> None:
+    for request in USUAL:
+        told = ways.same(request, usual=True)
+        assert told.status == (201 if request.method == "POST" else 200), request
+        assert told.stored == (request.method == "POST"), request
+        assert told.sent == ["http.response.start", "http.response.body"], request
 
 
-def test_pages_are_given_and_refused_alike(ways: Ways) -> None:
-    told = [ways.same("GET", "/api/conversations/{}/messages?" + query) for query in QUERIES]
-    assert {200, 422} == set(told)
+def test_unusual_calls_are_answered_alike_by_the_ordinary_way(ways: Ways) -> None:
+    told = [ways.same(request, usual=False) for request in UNUSUAL]
+    assert {one.status for one in told} >= {200, 201, 400, 401, 403, 404, 405, 413, 422}
 
 
-@pytest.mark.parametrize("path", ["/api/conversations/0/messages", "/api/conversations/x/messages", "/api/conversations/64/messages/"])
-def test_ids_are_refused_alike(ways: Ways, path: str) -> None:
-    assert ways.same("POST", path, JSON, content=TEXT) == ways.same("GET", path) == 404
+@pytest.mark.parametrize("pieces", [(LEFT,), (piece(TEXT, more=True), LEFT)])
+def test_who_leaves_before_the_end_has_said_nothing(ways: Ways, pieces: tuple[Message, ...]) -> None:
+    assert ways.same(replace(POST, pieces=pieces), usual=False).stored == 0
 
 
-@pytest.mark.parametrize("authorization", ["", "Basic x", "Bearer x", "bearer"])
-def test_strangers_are_refused_alike(ways: Ways, authorization: str) -> None:
-    path = "/api/conversations/{}/messages"
-    for headers in ({"authorization": authorization}, {"authorization": authorization} | JSON):
-        assert ways.same("POST", path, headers, content=TEXT) == ways.same("GET", path, headers) == 401
+def test_retries_are_answered_alike(ways: Ways) -> None:
+    told = ways.same(POST.with_headers(("idempotency-key", "a")), usual=True, twice=True)
+    assert (b"idempotent-replayed", b"true") in told.headers
+    assert told.stored == 1
+    assert not any(name.startswith("chatkeep_accepted") for name in told.counted)
 
 
-def test_usual_calls_go_the_fast_way(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[bool] = []
+def test_nobodys_conversations_are_refused_alike(ways: Ways) -> None:
+    for request in (POST, GET):
+        told = ways.same(replace(request, target="/api/conversations/9007199254740991/messages"), usual=True)
+        assert told.status == 404
 
-    def noting(handler: FastHandler) -> FastHandler:
-        async def handle(request: Request) -> Response | None:
-            answer = await handler(request)
-            taken.append(answer is not None)
-            return answer
 
-        return handle
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_failures_of_the_log_are_told_alike_and_nothing_is_tried_again(
+    ways: Ways, failure: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
 
-    for endpoint in (conversations.add_message, conversations.list_messages):
-        monkeypatch.setattr(endpoint, "fast", noting(endpoint.fast))  # type: ignore[attr-defined]
-    conversation = ways.client.post("/api/conversations/", json={}, headers=ways.bearer).json()["id"]
-    path = f"/api/conversations/{conversation}/messages"
-    for headers in ({}, {"Idempotency-Key": "a"}):
-        assert ways.client.post(path, json={"role": "user", "content": "hi"}, headers=ways.bearer | headers).status_code == 201
-    for query in ("", "?limit=50", "?before=5", "?limit=2&after=5"):
-        assert ways.client.get(path + query, headers=ways.bearer).status_code == 200
-    assert taken == [True] * 6
-    assert ways.client.get(path + "?after=5&limit=2", headers=ways.bearer).status_code == 200
-    assert taken == [True] * 6 + [False]
+    def failing(name: str) -> Callable[..., Any]:
+        async def call(*_: object, **__: object) -> None:
+            calls.append(name)
+            raise failure
+
+        return call
+
+    for name in ("append", "read"):
+        monkeypatch.setattr(ways.log, name, failing(name))
+    for request in (POST, GET):
+        told = ways.same(request, usual=True)
+        assert told.status >= 400
+        assert told.error == ""
+        assert "quokka" not in told.body
+        assert any(name.startswith("chatkeep_problems") for name in told.counted)
+        assert len(told.logged) == (told.status == 500)
+    assert calls == ["append"] * 2 + ["read"] * 2
+
+
+def test_cancelled_call_is_counted_alike(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def cancelled(*_: object, **__: object) -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(ways.log, "append", cancelled)
+    told = ways.same(POST, usual=True)
+    assert (told.error, told.sent) == ("CancelledError", [])
+    assert [name for name in told.counted if "'status': '0'" in name]
+
+
+def test_ended_sign_ins_that_are_not_known_are_asked_for_the_ordinary_way(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has not heard for a while has to ask first, and refuses while it cannot."""
+    request = replace(POST, headers=(("authorization", "Bearer <session>"), *JSON))
+    ended = ways.app.state.ended
+    monkeypatch.setattr(ended, "_clock", lambda: time.monotonic() + 2 * STALE_SECONDS)
+
+    async def fail() -> None:
+        raise errors.RedisUnavailable
+
+    monkeypatch.setattr(ended, "_look", fail)
+    assert ways.same(request, usual=False).status == 503
+    assert ways.same(POST, usual=True).status == 201, "a token without a sign-in is good until it expires"
+
+
+def test_outside_users_are_known_from_their_second_call_on(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Outside:
+        """Knows one token, and has to ask for another."""
+
+        def known(self, token: str) -> User | None:
+            return User(ways.user) if token == "known" else None
+
+        async def user(self, token: str) -> User:
+            if token == "refused":
+                raise Unauthorized
+            return User(ways.user)
+
+    monkeypatch.setattr(ways.app.state, "outside", Outside())
+    for token, usual, status in (("known", True, 201), ("new", False, 201), ("refused", False, 401)):
+        told = ways.same(replace(POST, headers=(("authorization", f"Bearer {token}"), *JSON)), usual=usual)
+        assert told.status == status
+    cookie = (("cookie", f"{COOKIE}=known"), ("sec-fetch-site", "same-origin"))
+    assert ways.same(replace(POST, headers=cookie + JSON), usual=False).status == 401
+
+
+def test_limits_of_an_app_hold_both_ways(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = settings.model_copy(update={"message_chars_max": 5, "body_bytes_max": 60, "unsafe_durability": True})
+    with both(small, monkeypatch) as ways:
+        told = ways.same(replace(POST, body=b'{"role":"user","content":"12345"}'), usual=True)
+        assert told.status == 201
+        assert (b"x-durability", b"memory") in told.headers
+        assert ways.same(replace(POST, body=b'{"role":"user","content":"123456"}'), usual=False).status == 422
+        for length, status in ((60, 201), (61, 413)):
+            body = b'{"role":"user","content":"12345"}'.ljust(length)
+            assert ways.same(replace(POST, body=body), usual=status == 201).status == status
+            assert ways.same(replace(POST, pieces=(piece(body, more=False),)), usual=status == 201).status == status
+            pieces = tuple(piece(body[i : i + 10], more=i + 10 < length) for i in range(0, length, 10))
+            assert ways.same(replace(POST, pieces=pieces), usual=False).status == status
+
+
+def test_safety_headers_stand_on_the_fast_way_too(ways: Ways) -> None:
+    headers = dict(ways.same(GET, usual=True).headers)
+    assert headers[b"cache-control"] == b"no-store"
+    assert headers[b"x-content-type-options"] == b"nosniff"
+
+
+def test_time_of_a_body_counts_whoever_answers(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds: list[float] = []
+    monkeypatch.setattr(metrics, "observe", lambda method, route, status, taken: seconds.append(taken))
+    moments = iter([1.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(moments, 6.0))
+    assert ways.client.portal is not None
+    ways.client.portal.call(ways.send, replace(POST, body=b"{"), 64, True)
+    assert seconds == [5.0]
