@@ -21,7 +21,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -167,21 +167,22 @@ class PendingLog:
         title = auto_title(content) if role == "user" else ""
         asked = ""
 
-        async def attempt() -> Appended | None:
-            nonlocal asked
-            limit = self._backlog.limit(shard)
-            answer = await self._scripts.run(
+        until = asyncio.get_running_loop().time() + ANSWER_WITHIN_SECONDS
+
+        def ask() -> Awaitable[Any]:
+            return self._scripts.run(
                 "append",
                 script_keys,
-                [
-                    *(shard, user_id, conversation_id, body, key or "", digest, title, limit, WAKE_LEASE_MS, asked),
+                (
+                    *(shard, user_id, conversation_id, body, key or "", digest, title, self._backlog.limit(shard), WAKE_LEASE_MS, asked),
                     *(turn or "", TURN_LEASE_MS, self._settings.pending_bytes_per_user_max),
                     self._settings.messages_per_minute_max if counted else 0,
-                ],
+                ),
+                until=until,
             )
-            if answer[0] == b"OK":
-                self._woken(shard, answer[3])
-                return Appended(Stored(int(answer[1]), int(answer[2]), body), int(answer[4]), replayed=False)
+
+        async def otherwise(answer: Any) -> Appended | None:
+            nonlocal asked
             if answer[0] == b"REPLAY":
                 stored = _stored(answer[3][0]) if answer[3] else await self._committed(conversation_id, user_id, int(answer[1]))
                 return Appended(stored, int(answer[2]), replayed=True, reply_id=int(answer[4]) if answer[4] else None)
@@ -194,7 +195,17 @@ class PendingLog:
                 asked = ""  # what was found may be forgotten with the conversation
             return None
 
-        return await self._until_done(attempt)
+        self._check_durability()
+        answer, appended = await ask(), None
+        if answer[0] != b"OK":  # seldom; then there are several calls, which have one time together (7 µs, as much as the rest of this)
+            async with in_time(until):
+                while answer[0] != b"OK" and (appended := await otherwise(answer)) is None:
+                    answer = await ask()
+        if appended is None:
+            self._woken(shard, answer[3])
+            appended = Appended(Stored(int(answer[1]), int(answer[2]), body), int(answer[4]), replayed=False)
+        self._check_durability()
+        return appended
 
     async def create(self, user_id: int, title: str | None, *, key: str | None = None) -> Created:
         """Appends a new conversation; raises as `append` does, and `TooManyConversations`. A known key answers what was created first."""
@@ -473,8 +484,9 @@ class PendingLog:
         return shard
 
     @staticmethod
-    def _log_keys(shard: int) -> list[str]:
-        return [keys.log(shard), keys.clock(shard), keys.backlog_bytes(shard), keys.wake(shard)]
+    @lru_cache
+    def _log_keys(shard: int) -> tuple[str, ...]:
+        return (keys.log(shard), keys.clock(shard), keys.backlog_bytes(shard), keys.wake(shard))
 
     @staticmethod
     def _conversation_keys(shard: int, conversation_id: int) -> list[str]:
@@ -530,13 +542,13 @@ class _Backlog:
 
 
 @asynccontextmanager
-async def in_time() -> AsyncIterator[None]:
-    """Raises `TooSlow` when a caller would wait for longer than he should.
+async def in_time(until: float | None = None) -> AsyncIterator[None]:
+    """Raises `TooSlow` when a caller would wait for longer than he should; `until` is for one who has waited already (the loop's clock).
 
     Each call to a store has a shorter time-out of its own, but there may be several.
     """
     try:
-        async with asyncio.timeout(ANSWER_WITHIN_SECONDS):
+        async with asyncio.timeout_at(asyncio.get_running_loop().time() + ANSWER_WITHIN_SECONDS if until is None else until):
             yield
     except TimeoutError as exc:
         raise TooSlow() from exc

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -24,7 +25,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, Red
 
 from worker import crashpoints, keys
 from worker.codec import ENTRY_OVERHEAD_BYTES
-from worker.errors import BacklogFull, ChatkeepError, NotDurable, RedisUnavailable
+from worker.errors import BacklogFull, ChatkeepError, NotDurable, RedisUnavailable, TooSlow
 from worker.multiplexed import Command, Multiplexed
 from worker.redis import HEALTH_CHECK_SECONDS
 from worker.settings import SHARD_SLOTS
@@ -132,11 +133,11 @@ class AsyncScripts:
         self._unsent: list[_Call] = []
         self._sent: set[asyncio.Future[Any]] = set()
 
-    async def run(self, name: str, script_keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+    async def run(self, name: str, script_keys: Sequence[str], arguments: Sequence[Argument], *, until: float = math.inf) -> Any:
         """Runs a script and returns its raw answer.
 
-        Raises `RedisUnavailable` after `timeout_seconds` at the latest; the script may still run then. Cancelling the caller does not
-        stop the script either: it only stops waiting.
+        Raises `RedisUnavailable` after `timeout_seconds` at the latest, and `TooSlow` at `until` (by the loop's clock); the script may
+        still run then. Cancelling the caller does not stop the script either: it only stops waiting.
         """
         crashpoints.visit("before:" + name)
         loop = asyncio.get_running_loop()
@@ -144,13 +145,13 @@ class AsyncScripts:
         if not self._unsent:
             loop.call_soon(self._send)
         self._unsent.append(call)
+        last = loop.time() + self._timeout_seconds
+        # One timer for both: with `asyncio.timeout`, which has to watch the task, each takes 6 µs instead of 2.
+        timer = loop.call_at(last, self._lost, call) if last <= until else loop.call_at(until, _settle, call.answer, TooSlow())
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                answer = await call.answer
-        except TimeoutError as exc:
-            if call.answer in self._sent and self._connection is not None:  # answers come in order: nobody behind it would get his in time
-                self._connection.abort()
-            raise RedisUnavailable() from exc
+            answer = await call.answer
+        finally:
+            timer.cancel()
         crashpoints.visit("after:" + name)
         return answer
 
@@ -164,6 +165,12 @@ class AsyncScripts:
             await asyncio.wait(self._sent, timeout=self._timeout_seconds)
         if self._connection is not None:
             self._connection.abort()
+
+    def _lost(self, call: _Call) -> None:
+        """The server has had its time."""
+        if call.answer in self._sent and self._connection is not None:  # answers come in order: nobody behind it would get his in time
+            self._connection.abort()
+        _settle(call.answer, TimeoutError())
 
     def _send(self) -> None:
         connection = self._connection
@@ -207,8 +214,9 @@ def _settle(answer: asyncio.Future[Any], value: Any) -> None:
     if answer.done():  # the caller gave up
         return
     if isinstance(value, BaseException):
-        error = translate(value)
-        error.__cause__ = value
-        answer.set_exception(error)
+        if not isinstance(value, ChatkeepError):
+            value, cause = translate(value), value
+            value.__cause__ = cause
+        answer.set_exception(value)
     else:
         answer.set_result(value)

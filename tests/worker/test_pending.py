@@ -177,8 +177,8 @@ class TestAppend:
         """The script has run twice: once without an answer, once more for the retry."""
         run = log._scripts.run
 
-        async def lost(*arguments: object) -> object:
-            await run(*arguments)
+        async def lost(*arguments: object, **options: object) -> object:
+            await run(*arguments, **options)
             raise RedisUnavailable()
 
         with monkeypatch.context() as patched:
@@ -837,6 +837,23 @@ class TestStoresAway:
             assert {type(one) for one in refused} == {RedisUnavailable}
         finally:
             os.kill(valkey.pid, signal.SIGCONT)
+
+    async def test_redis_frozen_longer_than_anybody_waits_is_refused_in_time(self, settings, valkey, redis, user, monkeypatch) -> None:
+        """Here its own time-out is the longer one."""
+        monkeypatch.setattr(pending, "ANSWER_WITHIN_SECONDS", 0.3)
+        client = connect(settings.model_copy(update={"redis_timeout_seconds": 10.0}))
+        log = PendingLog(client, settings.model_copy(update={"redis_timeout_seconds": 10.0}), wake=lambda shard: None)
+        conversation = (await log.create(user, None)).conversation.id
+        try:
+            os.kill(valkey.pid, signal.SIGSTOP)
+            started = time.monotonic()
+            with pytest.raises(TooSlow):
+                await log.append(user, conversation, "user", "x")
+            assert time.monotonic() - started < 2
+        finally:
+            os.kill(valkey.pid, signal.SIGCONT)
+            await log.close()
+            await client.aclose()
 
     async def test_redis_killed_and_started_again_has_every_acknowledged_message(
         self, settings, redis, log, user, shard, conversation, valkey

@@ -14,7 +14,7 @@ from redis.exceptions import ResponseError
 from structlog.testing import capture_logs
 
 from worker import scripts
-from worker.errors import RedisUnavailable
+from worker.errors import RedisUnavailable, TooSlow
 from worker.redis import connect
 from worker.scripts import AsyncScripts
 
@@ -125,6 +125,26 @@ async def test_a_late_answer_reaches_nobody_else(settings) -> None:
         late.set()
         assert await running.run("read", ["k"], ["next"]) == b"next"
         assert len(peers) == 2
+
+
+async def test_a_caller_whose_own_time_is_over_leaves_the_connection_to_the_others(settings) -> None:
+    late = asyncio.Event()
+
+    async def handle(peer: Peer, command: list[bytes]) -> None:
+        await late.wait()
+        await say_which(peer, command)
+
+    async with server(handle) as (url, peers), scripts_on(settings, url) as running:
+        clock = asyncio.get_running_loop().time
+        impatient = asyncio.create_task(running.run("read", ["k"], ["impatient"], until=clock() + 0.1))
+        patient = asyncio.create_task(running.run("read", ["k"], ["patient"], until=clock() + 60))
+        started = clock()
+        with pytest.raises(TooSlow):
+            await impatient
+        assert clock() - started < 2
+        late.set()
+        assert await patient == b"patient"
+        assert len(peers) == 1
 
 
 async def test_a_caller_who_hangs_up_takes_no_answer_along(settings) -> None:
