@@ -62,6 +62,13 @@ class TestStart:
         command = "import api.app, api.conversations, api.chat, api.auth, api.health, worker.pending, worker.redis"
         subprocess.run([sys.executable, "-c", command], cwd=ROOT, env={"PATH": os.defpath}, check=True, timeout=60)
 
+    def test_libraries_are_left_out_of_garbage_collections(self) -> None:
+        command = "import gc; from api.app import app; print(len(gc.get_objects()), gc.get_freeze_count())"
+        environment = {"PATH": os.defpath, **GOOD}
+        done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=60)
+        looked_at, left_out = map(int, done.stdout.split()[-2:])
+        assert looked_at < left_out / 20
+
     def test_model_without_an_address_is_refused_at_once(self, settings: Settings) -> None:
         with pytest.raises(ConfigurationError):
             create_app(settings.model_copy(update={"llm_model": "m"}))
