@@ -9,7 +9,7 @@ from fastapi import Depends, Header, Path, Query, Request
 
 from api.errors import Unprocessable
 from api.schemas import IDEMPOTENCY_KEY, PAGE_DEFAULT, PAGE_MAX, Id, Page, PathId
-from api.tokens import CurrentUser, User, current_user
+from api.tokens import CurrentUser, User
 from worker.pending import PendingLog
 from worker.settings import Settings
 
@@ -23,7 +23,6 @@ __all__ = [
     "Page",
     "SessionId",
     "User",
-    "current_user",
     "in_thread",
     "log_of",
     "settings_of",

@@ -4,6 +4,8 @@ Of the CPU that an append took in this process, more than half was FastAPI's and
 first. That takes a call only if it is usual in every respect, and does at once what they would have done together. Whatever is unusual or
 wrong it leaves to them, as it came, with nothing done: they answer as documented, with their own words for what is wrong. What it has
 begun it ends itself, an error too. So the two ways differ in speed alone (`tests/api/test_fast.py` compares them).
+
+A middleware or a tracer that is added to the app sees only what is left to it.
 """
 
 from __future__ import annotations
