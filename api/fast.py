@@ -114,9 +114,9 @@ def _is_usual_post(headers: Headers, bytes_max: int) -> bool:
 
 
 def _message(received: Message, bytes_max: int) -> NewMessage | None:
-    """What was sent, if it came in one piece and is valid."""
+    """What was sent, if it came in one piece and is valid. (Where the client has left instead, there is no body, which is not.)"""
     body: bytes = received.get("body", b"")
-    if received["type"] != "http.request" or received.get("more_body") or len(body) > bytes_max:
+    if received.get("more_body") or len(body) > bytes_max:
         return None
     try:
         return NewMessage.model_validate_json(body)

@@ -24,7 +24,7 @@ PASSWORD_CHARS_MIN = 8
 PASSWORD_CHARS_MAX = 128
 
 MESSAGE_CHARS_MAX: ContextVar[int | None] = ContextVar("message_chars_max", default=None)
-"""Set for an app that was made with settings of its own; otherwise the process's settings say it."""
+"""Set by the app for each request; outside of one, the process's settings say it."""
 
 _LOCAL = r"[a-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[a-z0-9!#$%&'*+/=?^_`{|}~-]+)*"
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"

@@ -103,7 +103,7 @@ UNUSUAL = [
         for target in (
             *("/api/conversations/<id>/messages/", "/api/conversations/<id>/messages//", "/api/conversations//messages"),
             *("/api/conversations/0/messages", "/api/conversations/0<id>/messages", "/api/conversations/-1/messages"),
-            *("/api/conversations/x/messages", "/api/conversations/%D9%A1/messages", "/api/conversations/<id>%20/messages"),
+            *("/api/conversations/x/messages", "/api/conversations/<id>%D9%A1/messages", "/api/conversations/<id>%20/messages"),
             *("/api/conversations/9007199254740992/messages", "/api/conversations/99999999999999999/messages"),
             *("/api/conversations/<id>/messages%0A", "/API/conversations/<id>/messages", "/x/api/conversations/<id>/messages"),
             *("/api/conversations/<id>%2F/messages", "//api/conversations/<id>/messages", "/api/conversations/<id>"),
