@@ -855,6 +855,25 @@ class TestStoresAway:
             await log.close()
             await client.aclose()
 
+    async def test_what_has_to_be_asked_for_twice_has_one_time_for_both(self, redis, log, user, conversation, monkeypatch) -> None:
+        run = log._scripts.run
+
+        async def slowly(*arguments: object, **options: object) -> object:
+            await asyncio.sleep(0.8)
+            return await run(*arguments, **options)
+
+        async def forever(*_: object) -> None:
+            await asyncio.sleep(60)
+
+        redis.flushall()
+        monkeypatch.setattr(pending, "ANSWER_WITHIN_SECONDS", 1.0)
+        monkeypatch.setattr(log._scripts, "run", slowly)
+        monkeypatch.setattr(log, "_prepare", forever)
+        started = time.monotonic()
+        with pytest.raises(TooSlow):
+            await log.append(user, conversation, "user", "x")
+        assert time.monotonic() - started < 1.6
+
     async def test_redis_killed_and_started_again_has_every_acknowledged_message(
         self, settings, redis, log, user, shard, conversation, valkey
     ) -> None:

@@ -147,6 +147,15 @@ async def test_a_caller_whose_own_time_is_over_leaves_the_connection_to_the_othe
         assert len(peers) == 1
 
 
+async def test_nothing_waits_for_the_end_of_a_call_that_was_answered(settings, monkeypatch) -> None:
+    late = []
+    async with server(say_which) as (url, _), scripts_on(settings, url, seconds=0.3) as running:
+        monkeypatch.setattr(running, "_lost", late.append)
+        assert await running.run("read", ["k"], ["x"]) == b"x"
+        await asyncio.sleep(0.4)
+    assert late == []
+
+
 async def test_a_caller_who_hangs_up_takes_no_answer_along(settings) -> None:
     go_on = asyncio.Event()
 
