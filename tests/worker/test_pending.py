@@ -14,7 +14,17 @@ from api.history import list_conversations, read_conversation
 from tests import core
 from worker import keys, loading, pending
 from worker.database import dispose
-from worker.errors import BacklogFull, ConfigurationError, KeyReused, NotFound, PostgresUnavailable, RedisUnavailable, TooSlow, TurnRunning
+from worker.errors import (
+    BacklogFull,
+    ConfigurationError,
+    KeyReused,
+    NotDurable,
+    NotFound,
+    PostgresUnavailable,
+    RedisUnavailable,
+    TooSlow,
+    TurnRunning,
+)
 from worker.flush import flush_shard
 from worker.pending import PendingLog, client_key, reply_key
 from worker.redis import connect
@@ -854,6 +864,25 @@ class TestStoresAway:
             os.kill(valkey.pid, signal.SIGCONT)
             await log.close()
             await client.aclose()
+
+    @pytest.mark.parametrize(("look", "stored"), [(1, 0), (2, 1)])
+    @pytest.mark.parametrize("what", ["append", "create"])
+    async def test_what_could_be_lost_is_not_acknowledged(self, settings, redis, user, shard, conversation, what, look, stored) -> None:
+        """There is a look before the write, and one after it: it may have met another server."""
+        looks = iter(range(1, 3))
+
+        def check() -> None:
+            if next(looks) == look:
+                raise NotDurable
+
+        client = connect(settings)
+        log = PendingLog(client, settings, lambda shard: None, check)
+        before = redis.xlen(keys.log(shard))
+        with pytest.raises(NotDurable):
+            await (log.append(user, conversation, "user", "x") if what == "append" else log.create(user, None))
+        assert redis.xlen(keys.log(shard)) == before + stored
+        await log.close()
+        await client.aclose()
 
     async def test_what_has_to_be_asked_for_twice_has_one_time_for_both(self, redis, log, user, conversation, monkeypatch) -> None:
         run = log._scripts.run
