@@ -16,8 +16,9 @@ that judges the real processes (`checker.py`).
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from enum import Enum, auto
 from functools import lru_cache
 from pathlib import Path
@@ -42,7 +43,7 @@ from tests.crash.memory_postgres import MemoryPostgres
 from tests.crash.memory_redis import MemoryRedis
 from worker import keys, scripts
 from worker.codec import rfc3339
-from worker.errors import Never, NotFound, RedisUnavailable, TryAgainLater
+from worker.errors import Never, NotFound, RedisUnavailable, TooSlow, TryAgainLater
 from worker.pending import Appended, PendingLog, client_key
 from worker.settings import Settings
 
@@ -415,9 +416,13 @@ class _Scripts:
     def __init__(self, world: World) -> None:
         self._world = world
 
-    async def run(self, name: str, script_keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+    async def run(self, name: str, script_keys: Sequence[str], arguments: Sequence[Any], *, until: float = math.inf) -> Any:
         world = self._world
-        return world.step(name, lambda: world.redis.script(scripts.script(name).source, script_keys, arguments), RedisUnavailable)
+        try:
+            async with _Asyncio.timeout_at(until):
+                return world.step(name, lambda: world.redis.script(scripts.script(name).source, script_keys, arguments), RedisUnavailable)
+        except TimeoutError:
+            raise TooSlow() from None
 
 
 class _AsyncClient:
@@ -542,6 +547,9 @@ class _Task:
 
 
 class _Loop:
+    def time(self) -> float:
+        return _actor().world.seconds
+
     def create_task(self, work: Coroutine[Any, Any, Any]) -> Any:
         actor = _actor()
         if actor.dead:
@@ -558,13 +566,17 @@ class _Asyncio:
 
     @staticmethod
     @asynccontextmanager
-    async def timeout(seconds: float) -> AsyncIterator[None]:
+    async def timeout_at(moment: float) -> AsyncIterator[None]:
         actor = _actor()
-        actor.deadlines.append(actor.world.seconds + seconds)
+        actor.deadlines.append(moment)
         try:
             yield
         finally:
             actor.deadlines.pop()
+
+    @classmethod
+    def timeout(cls, seconds: float) -> AbstractAsyncContextManager[None]:
+        return cls.timeout_at(_actor().world.seconds + seconds)
 
     @staticmethod
     async def sleep(seconds: float) -> None:
