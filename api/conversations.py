@@ -13,7 +13,7 @@ from api.errors import problems
 from api.metrics import ACCEPTED
 from api.schemas import ConversationChange, ConversationOut, ConversationPage, MessageOut, MessagePage, NewConversation, NewMessage
 from worker import crashpoints
-from worker.codec import rfc3339
+from worker.codec import public, rfc3339
 from worker.loading import ConversationState
 from worker.pending import PendingLog, client_key
 from worker.settings import Settings
@@ -98,7 +98,7 @@ async def list_page(log: PendingLog, user_id: int, conversation_id: int, page: P
 
 def history_json(page: history.HistoryPage) -> bytes:
     """The members of a page of messages, out of stored bytes."""
-    items = b",".join(message.public(page.committed) for message in page.messages)
+    items = public(page.messages, page.committed)
     return b'"items":[%s],"has_older":%s,"has_newer":%s' % (items, orjson.dumps(page.has_older), orjson.dumps(page.has_newer))
 
 

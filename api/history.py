@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from api.dependencies import Page
 from api.errors import Unprocessable
@@ -25,12 +27,11 @@ from worker.loading import ConversationState
 from worker.pending import CachedPage, PendingLog, in_time
 
 
-@dataclass(frozen=True, slots=True)
-class HistoryPage:
+class HistoryPage(NamedTuple):
     """A page of a history, oldest first. `committed`: every id up to here is in Postgres."""
 
     conversation: ConversationState
-    messages: tuple[Stored, ...]
+    messages: Sequence[Stored]
     committed: int
     has_older: bool
     has_newer: bool
@@ -79,22 +80,27 @@ async def list_conversations(log: PendingLog, user_id: int, limit: int, cursor: 
 
 async def _read_before(log: PendingLog, user_id: int, conversation_id: int, before: int | None, limit: int) -> HistoryPage:
     cached = await log.read(user_id, conversation_id, "before", before, limit + 1)
-    newest_first = cached.messages if cached else ()
-    if cached is not None and (len(newest_first) > limit or cached.whole):
+    if cached is not None and (len(cached.messages) > limit or cached.whole):
+        return HistoryPage(
+            conversation=cached.conversation,
+            messages=cached.messages[:limit][::-1],
+            committed=cached.committed,
+            has_older=len(cached.messages) > limit,
+            has_newer=_has_at_or_after(cached, before),
+        )
+    newest_first = tuple(cached.messages) if cached else ()
+    seam = newest_first[-1].id if newest_first else before
+    count = limit + 1 - len(newest_first)
+    page = partial(committed.read_page, user_id, conversation_id, "before", seam, None, count, look_beyond=cached is None)
+    below = await log.threads.run(page)
+    if below.conversation is None:  # also one that was deleted since Redis answered: the cached part alone would look whole
+        raise NotFound()
+    newest_first += below.messages
+    if cached is not None:
         conversation, has_newer = cached.conversation, _has_at_or_after(cached, before)
     else:
-        seam = newest_first[-1].id if newest_first else before
-        count = limit + 1 - len(newest_first)
-        page = partial(committed.read_page, user_id, conversation_id, "before", seam, None, count, look_beyond=cached is None)
-        below = await log.threads.run(page)
-        if below.conversation is None:  # also one that was deleted since Redis answered: the cached part alone would look whole
-            raise NotFound()
-        newest_first += below.messages
-        if cached is not None:
-            conversation, has_newer = cached.conversation, _has_at_or_after(cached, before)
-        else:
-            conversation, has_newer = below.conversation, below.beyond
-            log.load_soon(user_id, conversation_id)
+        conversation, has_newer = below.conversation, below.beyond
+        log.load_soon(user_id, conversation_id)
     return HistoryPage(
         conversation=conversation,
         messages=tuple(reversed(newest_first[:limit])),
@@ -106,6 +112,7 @@ async def _read_before(log: PendingLog, user_id: int, conversation_id: int, befo
 
 async def _read_after(log: PendingLog, user_id: int, conversation_id: int, after: int, limit: int) -> HistoryPage:
     cached = await log.read(user_id, conversation_id, "after", after, limit + 1)
+    oldest_first: Sequence[Stored]
     if cached is not None and _covers(cached, after):
         oldest_first, conversation, has_older = cached.messages, cached.conversation, _has_at_or_before(cached, after)
     else:
@@ -117,7 +124,7 @@ async def _read_after(log: PendingLog, user_id: int, conversation_id: int, after
             raise NotFound()
         oldest_first, conversation, has_older = below.messages, below.conversation, below.beyond
         if cached is not None:
-            oldest_first, conversation = oldest_first + cached.messages, cached.conversation
+            oldest_first, conversation = below.messages + tuple(cached.messages), cached.conversation
         else:
             log.load_soon(user_id, conversation_id)
     return HistoryPage(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
 import orjson
@@ -30,7 +30,7 @@ from api.errors import describe_problem
 from api.history import read_conversation, read_history
 from api.metrics import ACCEPTED
 from api.replies import Responder, Turn
-from worker.codec import Status
+from worker.codec import Status, Stored
 from worker.errors import ChatkeepError, KeyReused, NotFound, ReplyFailed, ReplyStopped, TryAgainLater
 from worker.logs import describe
 from worker.pending import Appended, PendingLog, client_key, reply_key
@@ -307,7 +307,7 @@ class Turns:
         until = writer.question_id + 1
         cached = await self._log.read(writer.user_id, writer.conversation_id, "before", until, CONTEXT_MESSAGES)
         if cached:  # as much as Redis has: a reply should not wait for Postgres
-            messages = cached.messages[::-1]
+            messages: Sequence[Stored] = cached.messages[::-1]
         else:
             page = Page(limit=CONTEXT_MESSAGES, before=until)
             messages = (await read_history(self._log, writer.user_id, writer.conversation_id, page)).messages

@@ -7,9 +7,11 @@ History is put together from these bytes; nothing decodes them on the way out.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import orjson
 
@@ -44,6 +46,58 @@ class Stored(NamedTuple):
         """The Message of the contract as JSON; `committed` is the highest id that is in Postgres."""
         state = b"committed" if self.id <= committed else b"pending"
         return b'{"id":%d,%s,"created_at":"%s","state":"%s"}' % (self.id, self.body[1:-1], rfc3339(self.microseconds).encode(), state)
+
+
+class CachedMessages(Sequence[Stored]):
+    """Messages as Redis holds them, each (b"<id>-0", [b"t", microseconds, b"b", body]): taken apart only for who looks at one.
+
+    A page goes out as it lies there: a `Stored` and its `public` for each of 50 messages took 158 µs, this takes 50.
+    """
+
+    __slots__ = ("_entries",)
+
+    def __init__(self, entries: Sequence[Any]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Stored: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> CachedMessages: ...
+
+    def __getitem__(self, index: int | slice) -> Stored | CachedMessages:
+        if isinstance(index, slice):
+            return CachedMessages(self._entries[index])
+        entry_id, fields = self._entries[index]
+        return Stored(_number(entry_id), int(fields[1]), fields[3])
+
+    def public(self, committed: int) -> bytes:
+        """What `Stored.public` gives for each of them, which are in the order of their ids, with commas between."""
+        entries = self._entries
+        seam = bisect_right(entries, committed, key=lambda entry: _number(entry[0]))
+        return b",".join(_public(entries[:seam], b"committed") + _public(entries[seam:], b"pending"))
+
+
+def _public(entries: Sequence[Any], state: bytes) -> list[bytes]:
+    template = b'{"id":%%s,%%s,"created_at":"%%s%%sZ","state":"%s"}' % state
+    return [
+        template % (entry_id[:-2], fields[3][1:-1], _second_in_bytes((time := fields[1].zfill(7))[:-6]), time[-6:])
+        for entry_id, fields in entries
+    ]
+
+
+def _number(entry_id: bytes) -> int:
+    return int(entry_id[:-2])  # without "-0"
+
+
+def public(messages: Sequence[Stored], committed: int) -> bytes:
+    """Messages of the contract as JSON, with commas between."""
+    if isinstance(messages, CachedMessages):
+        return messages.public(committed)
+    return b",".join(message.public(committed) for message in messages)
 
 
 class Entry(NamedTuple):
@@ -143,6 +197,11 @@ def rfc3339(microseconds: int) -> str:
 def _second(seconds: int) -> str:
     """Messages of a page share theirs: 18 µs for 50 of them instead of 125."""
     return (_UNIX + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S.")
+
+
+@lru_cache(maxsize=4096)
+def _second_in_bytes(seconds: bytes) -> bytes:
+    return _second(int(seconds)).encode()
 
 
 def to_datetime(microseconds: int) -> datetime:

@@ -1,4 +1,4 @@
-"""Runs the Lua scripts of `worker/lua/`: asynchronously for the API, synchronously for the worker.
+"""Runs the Lua scripts of `worker/lua/`: asynchronously for the API, synchronously for the worker. And transactions, for the API's reads.
 
 The API's calls share one connection (`worker/multiplexed.py`), those of one turn of the event loop one write: under load that is one
 write and one read of the socket for many appends, and one fsync for all of them.
@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, Red
 from worker import crashpoints, keys
 from worker.codec import ENTRY_OVERHEAD_BYTES
 from worker.errors import BacklogFull, ChatkeepError, NotDurable, RedisUnavailable, TooSlow
-from worker.multiplexed import Command, Multiplexed
+from worker.multiplexed import Answered, Command, Multiplexed
 from worker.redis import HEALTH_CHECK_SECONDS
 from worker.settings import SHARD_SLOTS
 
@@ -122,15 +123,41 @@ class _Call:
         return ("EVAL", chosen.source, *self.rest) if with_source else ("EVALSHA", chosen.sha, *self.rest)
 
 
+@dataclass(slots=True)
+class _Transaction:
+    """Commands between MULTI and EXEC. The answers before EXEC's only say whether a command was queued."""
+
+    commands: Sequence[Command]
+    answer: asyncio.Future[Any] = field(repr=False)
+    refused: Exception | None = None
+    """The first that was not queued, and why: EXEC will only say that there was one."""
+
+    def queued(self, answer: Any) -> None:
+        if self.refused is None and isinstance(answer, Exception):
+            self.refused = answer
+
+    def result(self, answer: Any) -> Any:
+        """The answers out of EXEC's, or the error that is among them: it stands where the data would, and must not be taken for it."""
+        if self.refused is not None or isinstance(answer, Exception):
+            return self.refused or answer
+        if not isinstance(answer, list):
+            return ResponseError("EXECABORT")
+        return next((part for part in answer if isinstance(part, Exception)), answer)
+
+
+_MULTI, _EXEC = ("MULTI",), ("EXEC",)
+
+
 class AsyncScripts:
-    """Runs scripts on a connection of its own, opened when it is first needed; those of one turn of the event loop in one write."""
+    """Runs scripts and transactions on a connection of its own, opened when it is first needed; those of one turn of the event loop in one
+    write."""
 
     def __init__(self, client: AsyncRedis, timeout_seconds: float) -> None:
         self._client = client
         self._timeout_seconds = timeout_seconds
         self._connection: Multiplexed | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._unsent: list[_Call] = []
+        self._unsent: list[_Call | _Transaction] = []
         self._sent: set[asyncio.Future[Any]] = set()
 
     async def run(self, name: str, script_keys: Sequence[str], arguments: Sequence[Argument], *, until: float = math.inf) -> Any:
@@ -139,9 +166,21 @@ class AsyncScripts:
         Raises `RedisUnavailable` after `timeout_seconds` at the latest, and `TooSlow` at `until` (by the loop's clock); the script may
         still run then. Cancelling the caller does not stop the script either: it only stops waiting.
         """
+        call = _Call(name, (len(script_keys), *script_keys, *arguments), asyncio.get_running_loop().create_future())
+        return await self._answer(name, call, until)
+
+    async def transaction(self, name: str, commands: Sequence[Command]) -> list[Any]:
+        """Runs plain commands as one step and returns their answers; `name` is what crash points call it. Raises as `run` does.
+
+        For long answers: of those that a script gives, each part is made into a Lua value and back.
+        """
+        call = _Transaction(commands, asyncio.get_running_loop().create_future())
+        answers: list[Any] = await self._answer(name, call)
+        return answers
+
+    async def _answer(self, name: str, call: _Call | _Transaction, until: float = math.inf) -> Any:
         crashpoints.visit("before:" + name)
         loop = asyncio.get_running_loop()
-        call = _Call(name, (len(script_keys), *script_keys, *arguments), loop.create_future())
         if not self._unsent:
             loop.call_soon(self._send)
         self._unsent.append(call)
@@ -166,7 +205,7 @@ class AsyncScripts:
         if self._connection is not None:
             self._connection.abort()
 
-    def _lost(self, call: _Call) -> None:
+    def _lost(self, call: _Call | _Transaction) -> None:
         """The server has had its time."""
         if call.answer in self._sent and self._connection is not None:  # answers come in order: nobody behind it would get his in time
             self._connection.abort()
@@ -183,7 +222,13 @@ class AsyncScripts:
         calls, self._unsent = self._unsent, []
         calls = [call for call in calls if not call.answer.done()]  # the others were given up before anything was sent
         self._sent.update(call.answer for call in calls)
-        connection.send((call.command(), partial(self._answered, connection, call)) for call in calls)
+        connection.send(chain.from_iterable(self._commands(connection, call) for call in calls))
+
+    def _commands(self, connection: Multiplexed, call: _Call | _Transaction) -> list[tuple[Command, Answered]]:
+        if isinstance(call, _Call):
+            return [(call.command(), partial(self._answered, connection, call))]
+        queued = call.queued
+        return [(_MULTI, queued), *((command, queued) for command in call.commands), (_EXEC, partial(self._executed, call))]
 
     def _answered(self, connection: Multiplexed, call: _Call, answer: Any) -> None:
         if isinstance(answer, ResponseError) and str(answer).startswith("NOSCRIPT"):
@@ -192,6 +237,10 @@ class AsyncScripts:
             return
         self._sent.discard(call.answer)
         _settle(call.answer, answer)
+
+    def _executed(self, call: _Transaction, answer: Any) -> None:
+        self._sent.discard(call.answer)
+        _settle(call.answer, call.result(answer))
 
     async def _open(self) -> None:
         """Finds out whether a connection that was idle still works, or opens another; then sends what has gathered."""

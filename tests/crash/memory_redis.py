@@ -55,6 +55,18 @@ class MemoryRedis:
         name, *arguments = (_bytes(part) for part in command)
         return _COMMANDS[name.upper()](self, *arguments)
 
+    def transaction(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
+        """The commands between MULTI and EXEC, and EXEC's answer; raises the first error in it, as `AsyncScripts.transaction` does."""
+        answers: list[Any] = []
+        for command in commands:
+            try:
+                answers.append(self.execute(*command))
+            except CommandError as exc:
+                answers.append(exc)
+        if failed := [answer for answer in answers if isinstance(answer, CommandError)]:
+            raise failed[0]
+        return answers
+
     def script(self, source: str, keys: Sequence[Any], arguments: Sequence[Any]) -> Any:
         """EVAL."""
         names, values = _table([_bytes(key) for key in keys]), _table([_bytes(value) for value in arguments])

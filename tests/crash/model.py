@@ -424,6 +424,9 @@ class _Scripts:
         except TimeoutError:
             raise TooSlow() from None
 
+    async def transaction(self, name: str, commands: Sequence[Sequence[Any]]) -> Any:
+        return self._world.step(name, lambda: self._world.redis.transaction(commands), RedisUnavailable)
+
 
 class _AsyncClient:
     """In the place of redis-py's asynchronous client, as far as `PendingLog` uses it by itself."""

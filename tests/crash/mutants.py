@@ -69,9 +69,9 @@ MUTANTS = (
             ),
             Edit(
                 "api/history.py",
-                "        newest_first += below.messages\n",
-                "        lacking = limit + 1 - len(newest_first)\n"
-                "        newest_first += tuple(one for one in early.messages if seam is None or one.id < seam)[:lacking]\n",
+                "    newest_first += below.messages\n",
+                "    lacking = limit + 1 - len(newest_first)\n"
+                "    newest_first += tuple(one for one in early.messages if seam is None or one.id < seam)[:lacking]\n",
             ),
         ),
     ),
@@ -162,6 +162,11 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "no-owner-check-on-read",
+        "R9: a read asks nobody whose conversation it is",
+        (Edit("worker/pending.py", 'if known[0] != b"%d" % user_id:  # also', "if known[0] is None:  # also"),),
+    ),
+    Mutant(
         "key-forgotten",
         "R10: a retry key that only Postgres knows is taken for a new one",
         (
@@ -240,12 +245,12 @@ MUTANTS = (
         (
             Edit(
                 "api/history.py",
-                "        below = await log.threads.run(page)\n",
-                "        from worker.errors import PostgresUnavailable\n\n"
-                "        try:\n"
-                "            below = await log.threads.run(page)\n"
-                "        except PostgresUnavailable:\n"
-                "            below = committed.CommittedPage(cached and cached.conversation, (), False)\n",
+                "    below = await log.threads.run(page)\n",
+                "    from worker.errors import PostgresUnavailable\n\n"
+                "    try:\n"
+                "        below = await log.threads.run(page)\n"
+                "    except PostgresUnavailable:\n"
+                "        below = committed.CommittedPage(cached and cached.conversation, (), False)\n",
             ),
         ),
     ),

@@ -1,8 +1,9 @@
 """The sweep: a process killed at every named point, and every link losing a request and a reply; then the checker judges.
 
-Two kinds of names: those that stand in the code (`crashpoints.visit("flush:locked")`), and `before:` and `after:` each Lua script. Who
-comes to the point next dies there; a point that nobody comes to is a failure. The core of the path is gone through twice more: with
-requests being lost on a link of the same process at the same time, and with replies. Some places have to be brought about (`HOW`).
+Two kinds of names: those that stand in the code (`crashpoints.visit("flush:locked")`), and `before:` and `after:` each Lua script
+and each transaction. Who comes to the point next dies there; a point that nobody comes to is a failure. The core of the path is gone
+through twice more: with requests being lost on a link of the same process at the same time, and with replies. Some places have to be
+brought about (`HOW`).
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ NAMED = (
     *("flush:begun", "flush:locked", "flush:fetched", "flush:half_written", "flush:before_commit", "flush:committed"),
 )
 SCRIPTS = (
-    *("append", "create", "rename", "delete", "reserve", "read", "trim", "ask", "reply_begin", "reply_add"),
+    *("append", "create", "rename", "delete", "reserve", "trim", "ask", "reply_begin", "reply_add"),
     *("load", "load_user", "seed", "lease", "touch", "reply_close"),
 )
+TRANSACTIONS = ("read",)
 NOT_SWEPT = {
     "remember": "needs 10,000 retry keys in one conversation; the model has it",
     "turn": "gives a lease back early, or prolongs it; without it the lease runs out",
@@ -143,7 +145,7 @@ HOW = {"load": _emptied, "load_user": _emptied, "seed": _emptied, "lease": _empt
 
 
 def _points() -> tuple[str, ...]:
-    return NAMED + tuple(f"{when}:{name}" for name in SCRIPTS for when in ("before", "after"))
+    return NAMED + tuple(f"{when}:{name}" for name in SCRIPTS + TRANSACTIONS for when in ("before", "after"))
 
 
 def _is_workers(point: str) -> bool:
@@ -160,6 +162,8 @@ def test_every_point_in_the_code_is_swept() -> None:
     files = [*schema.ROOT.glob("api/*.py"), *schema.ROOT.glob("worker/*.py")]
     named = [name for path in files for name in re.findall(r'crashpoints\.visit\("(\w+:\w+)"\)', path.read_text())]
     assert sorted(named) == sorted(NAMED)
+    transactions = [name for path in files for name in re.findall(r'\.transaction\("(\w+)"', path.read_text())]
+    assert sorted(transactions) == sorted(TRANSACTIONS)
     scripts = {path.stem for path in schema.ROOT.glob("worker/lua/*.lua")} - {"common"}
     assert scripts == {*SCRIPTS, *NOT_SWEPT}
     assert set(CORE) <= set(_points())

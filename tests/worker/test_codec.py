@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.codec import (
+    CachedMessages,
     Stored,
     auto_title,
     conversation_body,
     decode_entry,
     message_body,
+    public,
     request_hash,
     rfc3339,
     to_datetime,
@@ -45,6 +47,18 @@ class TestPublic:
             "state": "committed",
         }
         assert json.loads(stored.public(ID - 1))["state"] == "pending"
+
+    @given(st.lists(st.tuples(UNICODE, st.integers(0, 253_402_300_799_999_999)), max_size=6), st.integers(-1, 7))
+    def test_a_cached_page_is_the_same_bytes(self, messages: list[tuple[str, int]], committed: int) -> None:
+        """Whatever of it is pending, and whenever it was written."""
+        stored = [
+            Stored(ID + 64 * i, time, message_body(CONVERSATION, 7, "user", text, "complete")) for i, (text, time) in enumerate(messages)
+        ]
+        cached = CachedMessages([[b"%d-0" % one.id, [b"t", b"%d" % one.microseconds, b"b", one.body]] for one in stored])
+        mark = ID + 64 * committed
+        assert public(cached, mark) == b",".join(one.public(mark) for one in stored) == public(stored, mark)
+        assert list(cached) == stored
+        assert list(cached[:4][::-1]) == stored[:4][::-1]
 
     def test_half_a_surrogate_pair_never_gets_as_far_as_redis(self) -> None:
         with pytest.raises(TypeError):

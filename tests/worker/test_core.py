@@ -20,7 +20,7 @@ async def test_a_message_lives_through_all_of_it(settings, redis, log, user, sha
     second = await log.append(user, conversation, "assistant", "Hi!")
     page = await log.read(user, conversation, "before", None, 10)
     assert page
-    assert page.messages == (second.message, first.message)
+    assert tuple(page.messages) == (second.message, first.message)
     assert page.conversation.title == "Hello\\ there world"
     assert page.committed < first.message.id
 
@@ -33,7 +33,7 @@ async def test_a_message_lives_through_all_of_it(settings, redis, log, user, sha
     assert (backlog.entries, backlog.bytes) == (0, 0)
     committed = await log.read(user, conversation, "before", None, 10)
     assert committed
-    assert committed.messages == page.messages
+    assert tuple(committed.messages) == tuple(page.messages)
     assert committed.committed >= second.message.id
 
     for emptied in (False, True):

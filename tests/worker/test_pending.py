@@ -73,7 +73,7 @@ class TestAppend:
         await log.append(user, conversation, "user", "load it")
         page = await log.read(user, conversation, "after", 0, 100)
         assert page
-        assert page.messages[:-1] == tuple(stored)
+        assert tuple(page.messages)[:-1] == tuple(stored)
 
     async def test_one_retry_key_is_one_message_with_one_answer(self, redis, log, user, conversation, shard) -> None:
         first = await log.append(user, conversation, "user", "hi", key=client_key("a"))
@@ -632,6 +632,77 @@ class TestCache:
         await log.read(user, conversation, None, None, 0)
         await asyncio.sleep(0.1)
         assert [redis.ttl(name) for name in names] == pytest.approx([900, 960, 960], abs=2)
+
+
+class TestRead:
+    async def test_a_strangers_read_looks_at_no_message_and_prolongs_nothing(self, settings, redis, log, user, shard, conversation) -> None:
+        """The answer is the same anyway; but how long it takes, and what it leaves, would tell."""
+        stranger, nobodys = user + settings.shards, conversation + SHARD_SLOTS
+        await log.append(user, conversation, "user", "x", key=client_key("a"))
+        flush_shard(redis, settings, shard)
+        names = PendingLog._conversation_keys(shard, conversation)
+        for owner_has_read in (False, True):
+            redis.expire(names[0], 100)
+            redis.config_resetstat()
+            for _ in range(2):
+                for number in (conversation, nobodys):
+                    for direction, start in (("before", None), ("after", 1), (None, None)):
+                        assert await log.read(stranger, number, direction, start, 50) is None
+            await asyncio.sleep(0.1)
+            done = {name.removeprefix("cmdstat_") for name in redis.info("commandstats")}
+            assert not done & {"xrange", "xrevrange", "expire", "set", "xadd", "hset"}, done
+            assert redis.ttl(names[0]) <= 100, owner_has_read
+            assert not redis.exists(keys.loading(shard, conversation))
+            assert len((await log.read(user, conversation, "before", None, 50)).messages) == 1
+            await asyncio.sleep(0.1)
+
+    async def test_a_remembered_owner_is_asked_for_again(self, redis, log, user, shard, conversation) -> None:
+        """What a process remembers spares time, and decides nothing."""
+        await log.append(user, conversation, "user", "x")
+        assert await log.read(user, conversation, "before", None, 50)
+        redis.hset(keys.conversation(shard, conversation), "u", user + 64)
+        assert await log.read(user, conversation, "before", None, 50) is None
+
+    async def test_owners_are_not_remembered_without_end(self, log, user, monkeypatch) -> None:
+        monkeypatch.setattr(pending, "OWNERS_MAX", 3)
+        for _ in range(5):
+            conversation = (await log.create(user, None)).conversation.id
+            assert (await log.read(user, conversation, "before", None, 5)).whole
+            assert len(log._owners) <= 3
+
+    async def test_a_deleted_conversation_is_not_found(self, settings, redis, log, user, shard, conversation) -> None:
+        await log.append(user, conversation, "user", "x")
+        assert await log.read(user, conversation, "before", None, 50)
+        await log.delete(user, conversation)
+        for direction, start in (("before", None), ("after", 1), (None, None)):
+            with pytest.raises(NotFound):
+                await log.read(user, conversation, direction, start, 50)
+        flush_shard(redis, settings, shard)
+        with pytest.raises(NotFound):
+            await log.read(user, conversation, "before", None, 50)
+
+    async def test_what_is_committed(self, settings, redis, log, user, shard, conversation) -> None:
+        """Of a clean conversation everything, whatever has become of the shard's mark; of another, what the mark says."""
+        first = (await log.append(user, conversation, "user", "1")).message.id
+        assert (await log.read(user, conversation, "before", None, 50)).committed < first
+        flush_shard(redis, settings, shard)
+        redis.delete(keys.committed(shard))
+        assert (await log.read(user, conversation, "before", None, 50)).committed == first
+        redis.set(keys.committed(shard), first)
+        second = (await log.append(user, conversation, "user", "2")).message.id
+        page = await log.read(user, conversation, "after", 0, 50)
+        assert (page.committed, page.last_id, page.first_id) == (first, second, first)
+        redis.delete(keys.committed(shard))
+        assert (await log.read(user, conversation, "before", None, 50)).committed == 0
+
+    async def test_damaged_keys_are_an_error_and_no_page(self, redis, log, user, shard, conversation) -> None:
+        await log.append(user, conversation, "user", "1")
+        assert await log.read(user, conversation, "before", None, 50)
+        redis.set(keys.messages(shard, conversation), "not a stream")
+        for direction, start in (("before", None), ("after", 1)):
+            with pytest.raises(RedisUnavailable):
+                await log.read(user, conversation, direction, start, 50)
+        assert await log.read(user, conversation, None, None, 0)
 
 
 class TestClock:

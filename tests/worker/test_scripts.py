@@ -30,6 +30,7 @@ class Peer:
 
     writer: asyncio.StreamWriter
     commands: list[list[bytes]] = field(default_factory=list)
+    left: list[bytes] = field(default_factory=list)
 
 
 @asynccontextmanager
@@ -71,6 +72,26 @@ async def scripts_on(settings, url: str, seconds: float = 5) -> AsyncIterator[As
     await client.aclose()
 
 
+def counted(running: AsyncScripts) -> list[bytes]:
+    """What is written from here on, write by write."""
+    writes: list[bytes] = []
+    transport = running._connection._transport
+
+    class Counted:
+        def write(self, data: bytes) -> None:
+            writes.append(data)
+            transport.write(data)
+
+        def is_closing(self) -> bool:
+            return False
+
+        def abort(self) -> None:
+            transport.abort()
+
+    running._connection._transport = Counted()
+    return writes
+
+
 async def say_which(peer: Peer, command: list[bytes]) -> None:
     """Answers with the last argument."""
     peer.writer.write(b"$%d\r\n%s\r\n" % (len(command[-1]), command[-1]) if command[0] != b"PING" else b"+PONG\r\n")
@@ -79,30 +100,16 @@ async def say_which(peer: Peer, command: list[bytes]) -> None:
 async def test_each_caller_gets_the_own_answer(settings) -> None:
     async with server(say_which) as (url, peers), scripts_on(settings, url) as running:
         for _ in range(3):
-            answers = await asyncio.gather(*(running.run("read", ["k"], [str(n)]) for n in range(200)))
+            answers = await asyncio.gather(*(running.run("turn", ["k"], [str(n)]) for n in range(200)))
             assert answers == [str(n).encode() for n in range(200)]
         assert len(peers) == 1
 
 
-async def test_calls_of_one_turn_leave_in_one_write(settings, monkeypatch) -> None:
-    writes = []
+async def test_calls_of_one_turn_leave_in_one_write(settings) -> None:
     async with server(say_which) as (url, _), scripts_on(settings, url) as running:
-        await running.run("read", ["k"], ["first"])
-        transport = running._connection._transport
-
-        class Counted:
-            def write(self, data: bytes) -> None:
-                writes.append(data)
-                transport.write(data)
-
-            def is_closing(self) -> bool:
-                return False
-
-            def abort(self) -> None:
-                transport.abort()
-
-        running._connection._transport = Counted()
-        await asyncio.gather(*(running.run("read", ["k"], [str(n)]) for n in range(50)))
+        await running.run("turn", ["k"], ["first"])
+        writes = counted(running)
+        await asyncio.gather(*(running.run("turn", ["k"], [str(n)]) for n in range(50)))
     assert len(writes) == 1
 
 
@@ -116,14 +123,14 @@ async def test_a_late_answer_reaches_nobody_else(settings) -> None:
         await say_which(peer, command)
 
     async with server(handle) as (url, peers), scripts_on(settings, url, seconds=0.2) as running:
-        slow = asyncio.create_task(running.run("read", ["k"], ["slow"]))
+        slow = asyncio.create_task(running.run("turn", ["k"], ["slow"]))
         await asyncio.sleep(0.05)
-        behind = asyncio.create_task(running.run("read", ["k"], ["behind"]))
+        behind = asyncio.create_task(running.run("turn", ["k"], ["behind"]))
         for call in (slow, behind):
             with pytest.raises(RedisUnavailable):
                 await call
         late.set()
-        assert await running.run("read", ["k"], ["next"]) == b"next"
+        assert await running.run("turn", ["k"], ["next"]) == b"next"
         assert len(peers) == 2
 
 
@@ -164,7 +171,7 @@ async def test_a_caller_who_hangs_up_takes_no_answer_along(settings) -> None:
         await say_which(peer, command)
 
     async with server(handle) as (url, peers), scripts_on(settings, url) as running:
-        calls = [asyncio.create_task(running.run("read", ["k"], [str(n)])) for n in range(10)]
+        calls = [asyncio.create_task(running.run("turn", ["k"], [str(n)])) for n in range(10)]
         await asyncio.sleep(0.05)
         for call in calls[::2]:
             call.cancel()
@@ -177,10 +184,10 @@ async def test_a_caller_who_hangs_up_takes_no_answer_along(settings) -> None:
 
 async def test_what_was_given_up_before_it_was_sent_is_not_sent(settings) -> None:
     async with server(say_which) as (url, peers), scripts_on(settings, url) as running:
-        gone = asyncio.create_task(running.run("read", ["k"], ["gone"]))
+        gone = asyncio.create_task(running.run("turn", ["k"], ["gone"]))
         await asyncio.sleep(0)
         gone.cancel()
-        assert await running.run("read", ["k"], ["here"]) == b"here"
+        assert await running.run("turn", ["k"], ["here"]) == b"here"
         assert [command[-1] for command in peers[0].commands] == [b"here"]
 
 
@@ -193,9 +200,9 @@ async def test_a_lost_connection_tells_all_who_wait_and_nothing_is_repeated(sett
 
     async with server(handle) as (url, peers), scripts_on(settings, url) as running:
         async with asyncio.timeout(2):
-            answers = await asyncio.gather(*(running.run("read", ["k"], [str(n)]) for n in range(10)), return_exceptions=True)
+            answers = await asyncio.gather(*(running.run("turn", ["k"], [str(n)]) for n in range(10)), return_exceptions=True)
         assert {type(answer) for answer in answers} == {RedisUnavailable}
-        assert await running.run("read", ["k"], ["after"]) == b"after"
+        assert await running.run("turn", ["k"], ["after"]) == b"after"
         assert [len(peer.commands) for peer in peers] == [10, 1]
 
 
@@ -205,12 +212,12 @@ async def test_answers_that_cannot_be_told_apart_end_the_connection(settings, no
         peer.writer.write(noise) if len(peers) == 1 else await say_which(peer, command)
 
     async with server(handle) as (url, peers), scripts_on(settings, url) as running:
-        first = asyncio.gather(running.run("read", ["k"], ["x"]), return_exceptions=True)
+        first = asyncio.gather(running.run("turn", ["k"], ["x"]), return_exceptions=True)
         assert (await first)[0] == b"one" or isinstance((await first)[0], RedisUnavailable)
         async with asyncio.timeout(2):
             while not running._connection.lost:
                 await asyncio.sleep(0.01)
-        assert await running.run("read", ["k"], ["y"]) == b"y"
+        assert await running.run("turn", ["k"], ["y"]) == b"y"
 
 
 async def test_a_connection_that_was_idle_is_asked_before_it_is_used(settings, monkeypatch) -> None:
@@ -223,13 +230,13 @@ async def test_a_connection_that_was_idle_is_asked_before_it_is_used(settings, m
             await say_which(peer, command)
 
     async with server(handle) as (url, peers), scripts_on(settings, url, seconds=0.3) as running:
-        assert await running.run("read", ["k"], ["a"]) == b"a"
-        assert await running.run("read", ["k"], ["b"]) == b"b"
+        assert await running.run("turn", ["k"], ["a"]) == b"a"
+        assert await running.run("turn", ["k"], ["b"]) == b"b"
         silent = True
         with pytest.raises(RedisUnavailable):
-            await running.run("read", ["k"], ["write"])
+            await running.run("turn", ["k"], ["write"])
         assert [command[0] for command in peers[0].commands] == [b"EVALSHA", b"PING", b"EVALSHA", b"PING"]
-        assert await running.run("read", ["k"], ["c"]) == b"c"
+        assert await running.run("turn", ["k"], ["c"]) == b"c"
         assert len(peers) == 2
 
 
@@ -239,11 +246,137 @@ async def test_a_server_that_has_forgotten_a_script_gets_it_again(settings, redi
         assert await asyncio.gather(*(running.run("lease", ["ck:{s00}:load:1"], ["token", 1000]) for _ in range(5)))
 
 
+# Transactions
+
+
+def in_transactions(*answers: bytes) -> Handler:
+    """A server that answers the commands of a transaction with these, one after the other, and a script with its last argument."""
+
+    async def handle(peer: Peer, command: list[bytes]) -> None:
+        if command[0] in (b"EVALSHA", b"PING"):
+            await say_which(peer, command)
+        elif command[0] == b"MULTI":
+            peer.left = list(answers)
+        if command[0] not in (b"EVALSHA", b"PING"):
+            answer = peer.left.pop(0) if peer.left else b""
+            peer.writer.write(answer) if answer else peer.writer.transport.abort()
+
+    return handle
+
+
+async def test_transactions_and_scripts_of_one_turn_get_their_own_answers(settings, redis) -> None:
+    for n in range(50):
+        redis.set(f"n:{n}", n)
+        redis.hset(f"h:{n}", mapping={"a": n, "b": "x" * n * 1000})
+    async with scripts_on(settings, settings.redis_url.get_secret_value()) as running:
+        for _ in range(3):
+            calls = [
+                call
+                for n in range(50)
+                for call in (
+                    running.transaction("some", [("GET", f"n:{n}"), ("HMGET", f"h:{n}", "a", "b", "none"), ("PTTL", "none")]),
+                    running.run("lease", [f"ck:{{s00}}:load:{n}"], [f"token {n}", 1000]),
+                    running.transaction("some", [("SET", f"n:{n}", n)]),
+                )
+            ]
+            answers = await asyncio.gather(*calls)
+            assert answers[::3] == [[b"%d" % n, [b"%d" % n, b"x" * n * 1000, None], -2] for n in range(50)]
+            assert answers[2::3] == [[b"OK"]] * 50
+
+
+async def test_a_transaction_is_one_step_and_one_write(settings) -> None:
+    server_says = in_transactions(b"+OK\r\n", b"+QUEUED\r\n", b"+QUEUED\r\n", b"*2\r\n:1\r\n:2\r\n")
+    async with server(server_says) as (url, peers), scripts_on(settings, url) as running:
+        await running.run("turn", ["k"], ["first"])
+        writes = counted(running)
+        assert await running.transaction("some", [("GET", "a"), ("GET", "b")]) == [1, 2]
+        assert len(writes) == 1
+        assert [command[0] for command in peers[0].commands[1:]] == [b"MULTI", b"GET", b"GET", b"EXEC"]
+
+
+async def test_an_error_among_the_answers_is_an_error_and_no_data(settings, redis) -> None:
+    redis.set("text", "a")
+    async with scripts_on(settings, settings.redis_url.get_secret_value()) as running:
+        with capture_logs() as logs:
+            calls = [
+                running.transaction("some", [("GET", "text"), (command, "text", *rest)]) for command, *rest in (("HGETALL",), ("GET",))
+            ]
+            broken, sound = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(broken, RedisUnavailable)
+        assert [line["code"] for line in logs if line["log_level"] == "error"] == ["WRONGTYPE"]
+        assert sound == [b"a", b"a"]
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([b"+OK\r\n", b"-LOADING Redis is loading\r\n", b"-EXECABORT Transaction discarded\r\n"], []),
+        ([b"+OK\r\n", b"-NOPERM no permissions\r\n", b"-EXECABORT Transaction discarded\r\n"], ["NOPERM"]),
+        ([b"-NOAUTH Authentication required\r\n", b"-NOAUTH Authentication required\r\n", b"-ERR EXEC without MULTI\r\n"], ["NOAUTH"]),
+        ([b"-NOPERM MULTI\r\n", b"$1\r\na\r\n", b"-ERR EXEC without MULTI\r\n"], ["NOPERM"]),
+        ([b"+OK\r\n", b"+QUEUED\r\n", b"*-1\r\n"], ["EXECABORT"]),
+    ],
+)
+async def test_a_transaction_that_is_refused_says_why(settings, answers: list[bytes], said: list[str]) -> None:
+    """By the first refusal: EXEC's is the same for all. And whoever comes next is answered."""
+    async with server(in_transactions(*answers)) as (url, peers), scripts_on(settings, url) as running:
+        with capture_logs() as logs:
+            refused, next_one = await asyncio.gather(
+                running.transaction("some", [("GET", "a")]), running.run("turn", ["k"], ["next"]), return_exceptions=True
+            )
+        assert isinstance(refused, RedisUnavailable)
+        assert [line["code"] for line in logs if line["log_level"] == "error"] == said
+        assert next_one == b"next"
+        assert len(peers) == 1
+
+
+@pytest.mark.parametrize("answers", [[b""], [b"+OK\r\n", b"+QUEUED\r\n", b""], [b"+OK\r\n", b"+QUEUED\r\n", b"+QUEUED\r\n", b""]])
+async def test_a_connection_lost_in_mid_transaction_tells_all_and_nothing_is_repeated(settings, answers: list[bytes]) -> None:
+    async with server(in_transactions(*answers)) as (url, peers), scripts_on(settings, url) as running:
+        async with asyncio.timeout(2):
+            calls = [running.transaction("some", [("GET", "a"), ("GET", "b")]), running.run("turn", ["k"], ["behind"])]
+            lost = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(one) for one in lost} == {RedisUnavailable}
+        assert await running.run("turn", ["k"], ["after"]) == b"after"
+        assert [command[0] for command in peers[1].commands] == [b"EVALSHA"]
+
+
+async def test_a_transaction_that_is_not_answered_ends_in_time_and_takes_its_connection_along(settings) -> None:
+    async def handle(peer: Peer, command: list[bytes]) -> None:
+        if command[0] == b"EVALSHA":
+            await say_which(peer, command)
+
+    async with server(handle) as (url, peers), scripts_on(settings, url, seconds=0.2) as running:
+        async with asyncio.timeout(1):
+            with pytest.raises(RedisUnavailable):
+                await running.transaction("some", [("GET", "a")])
+        assert await running.run("turn", ["k"], ["next"]) == b"next"
+        assert len(peers) == 2
+
+
+async def test_a_reader_who_hangs_up_takes_no_answer_along(settings, redis) -> None:
+    redis.set("a", "1")
+    async with scripts_on(settings, settings.redis_url.get_secret_value()) as running:
+        await running.transaction("some", [("GET", "a")])
+        calls = [asyncio.create_task(running.transaction("some", [("GET", "a"), ("GET", f"none {n}")])) for n in range(20)]
+        await asyncio.sleep(0)
+        for n, call in enumerate(calls):
+            if n % 3 == 0:
+                call.cancel()
+        await asyncio.sleep(0)
+        calls[1].cancel()  # this one was sent
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        gone = [0, 1, *range(3, 20, 3)]
+        assert [n for n, answer in enumerate(answers) if isinstance(answer, asyncio.CancelledError)] == gone
+        assert all(answer == [b"1", None] for n, answer in enumerate(answers) if n not in gone)
+        assert not running._sent
+
+
 async def test_close_is_bounded_and_leaves_no_connection(settings) -> None:
     async def handle(peer: Peer, command: list[bytes]) -> None: ...
 
     async with server(handle) as (url, _), scripts_on(settings, url, seconds=0.2) as running:
-        call = asyncio.create_task(running.run("read", ["k"], ["x"]))
+        call = asyncio.create_task(running.run("turn", ["k"], ["x"]))
         await asyncio.sleep(0.05)
         async with asyncio.timeout(1):
             await running.close()
