@@ -23,6 +23,8 @@ from rich.console import Console
 from starlette.testclient import TestClient
 
 from api.app import create_app
+from api.dependencies import Page
+from api.history import list_conversations, read_conversation, read_history
 from benchmarks import planting, report
 from benchmarks.__main__ import ALL, ROWS, chosen, measure
 from benchmarks.figures import TINY, Figure, Plan, Results, at_least, at_most, ratios, results
@@ -41,7 +43,7 @@ MEMORY_BYTES_MAX = 900
 """Row 13's bar."""
 WIRE_BYTES_MAX = 1500
 """For a message of 200 bytes: the body, ten keys, twelve arguments."""
-FLUSH_STATEMENTS_MAX = 16
+FLUSH_STATEMENTS_MAX = 12
 
 
 class Counted:
@@ -121,6 +123,39 @@ class TestAccept:
                 assert client.post(path, json={"role": "user", "content": sentence(i)}, headers=headers).status_code == 201
                 assert len(client.get(path, headers=headers).json()["items"]) == i + 2
             assert counted.postgres.flights == 0
+
+
+class TestRead:
+    @pytest.mark.anyio
+    async def test_a_hot_read_is_one_round_trip_to_redis(self, counted: Counted) -> None:
+        async with writing(counted) as (log, user, conversation):
+            await append_many(log, user, conversation, 60)
+            await read_history(log, user, conversation, Page(50))  # finds out whose it is
+            counted.reset()
+            for page in (Page(50), Page(50, after=1), Page(10, before=1 << 52)) * 5:
+                await read_history(log, user, conversation, page)
+            assert counted.redis.flights == 15
+            assert counted.postgres.flights == 0
+
+    @pytest.mark.anyio
+    async def test_a_cold_read_is_one_round_trip_to_each(self, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(PendingLog, "load_soon", lambda *_: None)
+        async with writing(counted) as (log, user, conversation):
+            await append_many(log, user, conversation, 60)
+            with connect_sync(counted.settings) as client:
+                _flush(client, counted.settings, user)
+                core.forget(client, user, conversation, counted.settings)
+            await list_conversations(log, user, 20, None)  # opens a connection
+            reads = (
+                lambda: read_history(log, user, conversation, Page(50)),
+                lambda: read_history(log, user, conversation, Page(50, after=1)),
+                lambda: read_conversation(log, user, conversation),
+                lambda: list_conversations(log, user, 20, None),
+            )
+            for read in reads:
+                counted.reset()
+                await read()
+                assert (counted.redis.flights, counted.postgres.flights) == (1, 1)
 
 
 class TestFlush:

@@ -1,6 +1,7 @@
 """Postgres: one way to name it, one way to open a transaction on it, and a bound on every wait for it.
 
-    with read(user=user_id) as connection:                            # SQLAlchemy's Connection; sees what is this user's
+    rows = read_rows(statement, values, user=user_id)                 # one statement, one round trip; sees what is this user's
+    with read(user=user_id) as connection:                            # SQLAlchemy's Connection
         connection.execute(...)
     with transaction(seconds=30, role="worker") as connection:        # commits at the end
         with raw_cursor(connection) as cursor:                        # the same transaction, for COPY
@@ -22,7 +23,7 @@ whatever its queries ask for; a transaction that says nothing sees no row and wr
 the login role down, to those of `chatkeep_api` or `chatkeep_worker`, wherever the migration could make these two. So it holds for a
 login that row-level security does not apply to as well: a superuser, or Neon's default role, which has BYPASSRLS. Where such a login
 has no role to change into, `transaction` refuses rather than to run without. All of it is transaction-local: the pooled connection
-remembers nothing, and under autocommit, where it would be without effect, `transaction` refuses too.
+remembers nothing, and where nothing has begun, so that it would be without effect, `transaction` refuses too.
 
 It is the second line, behind the `user_id` in every query. It stops a query that forgets it, an id that was not checked, an injected
 `OR true` or `UNION SELECT`. It does not stop SQL of an attacker's choice, which can say `set_config` as we do. Against that there are
@@ -32,8 +33,8 @@ reads no dead letter, and changes no account; the worker's login reads no accoun
 **The deadline.** A frozen Postgres (SIGSTOP, a stuck disk or hypervisor) answers nothing while its kernel goes on acknowledging:
 `statement_timeout` is frozen with it, keepalives see a living peer, and psycopg2 waits for ever inside libpq. psycopg2's wait
 callbacks would help, but they forbid COPY. So each transaction has a deadline on our side. Every connection tells the deadline of
-its thread about itself before it sends anything (`_Connection.cursor`), which covers SQLAlchemy's pre-ping and its first questions
-to a new server too; the deadline keeps a duplicate of the socket, and one watchdog thread shuts that down when time is over. The
+its thread about itself before it sends anything (`_Connection.cursor`), which covers SQLAlchemy's first questions to a new server
+too; the deadline keeps a duplicate of the socket, and one watchdog thread shuts that down when time is over. The
 call that was waiting fails at once with OperationalError, and the connection never goes back to the pool. The duplicate is ours, so
 a number that the kernel has given to another file meanwhile is never touched. Connecting has no socket that we could see: it runs in
 a thread of its own which is abandoned when time is over, and which libpq's `connect_timeout` ends (a name server that does not
@@ -42,6 +43,12 @@ answer included).
 **The pool** belongs to a process. A forked child makes its own and closes its copies of the parent's sockets, without a word to
 the server on them. Nothing here is session state: the settings of a transaction are transaction-local, so that PgBouncer in
 transaction mode (Neon's `-pooler`) carries all of it. Nothing polls, so an idle Neon falls asleep.
+
+**Round trips.** On the way to a database in another region each is a millisecond or more, and on this machine 0.1 ms. psycopg2 sends
+its BEGIN by itself, so ours goes with the settings, and psycopg2 is told to stay out of it (its `autocommit`). A read of one statement
+goes with them too: what comes in one message is one transaction, without BEGIN and COMMIT. Nobody asks a pooled connection whether it
+still works: if the server has ended it while it lay in the pool, the first thing said fails without having done anything, and is said
+again on another. (One that was cut off in silence would not have answered a question either.)
 """
 
 from __future__ import annotations
@@ -54,7 +61,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
@@ -68,11 +75,12 @@ import psycopg2.extensions
 import structlog
 from pydantic import SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy import Connection, Engine, NullPool, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine, NullPool, TextClause, create_engine, event, make_url
 from sqlalchemy.engine import URL
 from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.pool import PoolProxiedConnection
 
 from worker.errors import ConfigurationError, PostgresUnavailable
 from worker.settings import get_settings
@@ -103,6 +111,7 @@ _CONNECT = {
 Role: TypeAlias = Literal["api", "worker"]
 
 _T = TypeVar("_T")
+_P = TypeVar("_P", Connection, PoolProxiedConnection)
 
 
 # --- naming it ------------------------------------------------------------------------------------------------------------------
@@ -175,8 +184,11 @@ def transaction(
     postgres = _postgres()
     with _translated(), deadline(seconds) as limit, postgres.slot(limit):
         local = _local_settings(limit, lock_timeout_ms, read_only) | _identity(role, user, email, outside)
-        connection = _repeated(lambda: _begin(postgres.engine, local), until=time.monotonic() + wake_seconds, limit=limit)
+        connection, _ = _repeated(
+            lambda: _say_first(postgres.engine.connect, _BEGIN + _SET_LOCAL, local), until=time.monotonic() + wake_seconds, limit=limit
+        )
         try:
+            connection.begin()  # says nothing; else SQLAlchemy would have nothing to commit where the body uses only a raw cursor
             yield connection
             _commit(connection)
         except BaseException as exc:
@@ -202,6 +214,25 @@ def read(
         yield connection
 
 
+def read_rows(statement: TextClause, values: Mapping[str, Any], *, user: int, seconds: float | None = None) -> list[Any]:
+    """The rows of one such read, in one round trip."""
+    postgres = _postgres()
+    with _translated(), deadline(get_settings().postgres_timeout_seconds if seconds is None else seconds) as limit, postgres.slot(limit):
+        local = _local_settings(limit, LOCK_TIMEOUT_MS, True) | _identity("api", user, None, None)
+        connection, cursor = _say_first(postgres.engine.raw_connection, _SET_LOCAL + ";" + _driver_sql(statement), {**local, **values})
+        try:
+            return list(cursor.fetchall())
+        finally:
+            cursor.close()
+            _give_back(connection, limit)
+
+
+@lru_cache
+def _driver_sql(statement: TextClause) -> str:
+    """In psycopg2's spelling. SQLAlchemy takes as long for one statement as Postgres."""
+    return str(statement.compile(dialect=_postgres().engine.dialect))
+
+
 @contextmanager
 def raw_cursor(connection: Connection) -> Iterator[DBAPICursor]:
     """psycopg2's own cursor in the same transaction, for `copy_expert`."""
@@ -212,21 +243,36 @@ def raw_cursor(connection: Connection) -> Iterator[DBAPICursor]:
         cursor.close()
 
 
-def _begin(engine: Engine, local: dict[str, Any]) -> Connection:
-    connection = engine.connect()
-    try:
-        confined = connection.execute(_SET_LOCAL, local).scalar_one()
-        raw: Any = connection.connection.driver_connection
-        if raw.info.transaction_status != psycopg2.extensions.TRANSACTION_STATUS_INTRANS:
-            raise RuntimeError("a transaction's settings need a transaction: this connection is in autocommit mode")
-        if not confined:
-            _say_not_confined()
-            raise PostgresUnavailable
-    except BaseException:
-        connection.invalidate()
-        connection.close()
-        raise
-    return connection
+def _say_first(open_: Callable[[], _P], statement: str, values: Mapping[str, Any]) -> tuple[_P, Any]:
+    """Says the first thing of a transaction on a pooled connection; the connection, and the cursor with the answer.
+
+    On another one if the server has ended it meanwhile: nothing has been done then. The pool gives each stale one once.
+    """
+    while True:
+        connection = open_()
+        raw = _raw(connection)
+        stale, raw.used = raw.used, True
+        try:
+            raw.autocommit = True
+            cursor = raw.cursor()
+            cursor.execute(statement, values)
+            if statement.startswith(_BEGIN) and raw.get_transaction_status() != psycopg2.extensions.TRANSACTION_STATUS_INTRANS:
+                raise RuntimeError("a transaction's settings need a transaction, and none has begun")
+        except BaseException as exc:
+            stale &= isinstance(exc, psycopg2.Error) and raw.closed != 0
+            connection.invalidate()
+            connection.close()
+            if isinstance(exc, psycopg2.errors.DivisionByZero):
+                _say_not_confined()
+                raise PostgresUnavailable from exc
+            if not stale:
+                raise
+        else:
+            return connection, cursor
+
+
+def _raw(connection: Connection | PoolProxiedConnection) -> Any:
+    return (connection.connection if isinstance(connection, Connection) else connection).driver_connection
 
 
 @lru_cache
@@ -238,23 +284,25 @@ def _say_not_confined() -> None:
     )
 
 
-_SET_LOCAL = text("""
-    SELECT CASE WHEN CASE WHEN pg_has_role(to_regrole(:role_name), 'MEMBER') THEN
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED; "
+_SET_LOCAL = """
+    SELECT 1 / coalesce(
+               CASE WHEN CASE WHEN pg_has_role(to_regrole(%(role_name)s), 'MEMBER') THEN
                          set_config('search_path', replace(current_setting('search_path'), '"$user"', quote_ident(session_user)), true)
-                         || set_config('role', :role_name, true) ELSE '' END IS NOT NULL
-                THEN row_security_active('message') AND row_security_active('conversation') END,
-           set_config('chatkeep.role', :role, true), set_config('chatkeep.user_id', :user, true),
-           set_config('chatkeep.email', :email, true),
-           set_config('chatkeep.issuer', :issuer, true), set_config('chatkeep.subject', :subject, true),
-           set_config('statement_timeout', :statement_timeout, true), set_config('lock_timeout', :lock_timeout, true),
-           set_config('idle_in_transaction_session_timeout', :idle, true), set_config('timezone', 'UTC', true),
+                         || set_config('role', %(role_name)s, true) ELSE '' END IS NOT NULL
+                    THEN row_security_active('message') AND row_security_active('conversation') END, false)::int,
+           set_config('chatkeep.role', %(role)s, true), set_config('chatkeep.user_id', %(as_user)s, true),
+           set_config('chatkeep.email', %(as_email)s, true),
+           set_config('chatkeep.issuer', %(as_issuer)s, true), set_config('chatkeep.subject', %(as_subject)s, true),
+           set_config('statement_timeout', %(statement_timeout)s, true), set_config('lock_timeout', %(lock_timeout)s, true),
+           set_config('idle_in_transaction_session_timeout', %(idle)s, true), set_config('timezone', 'UTC', true),
            set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on'
                       ELSE current_setting('synchronous_commit') END, true),
-           CASE WHEN :read_only THEN ROW(
+           CASE WHEN %(read_only)s THEN ROW(
                set_config('transaction_read_only', 'on', true), set_config('jit', 'off', true), set_config('enable_seqscan', 'off', true),
                set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', 'off', true))::text END
-""")
-"""In one round trip; its first column is whether row-level security holds from here on.
+"""
+"""Where row-level security does not hold from here on, it divides by zero, and nothing that was said with it is done.
 
 `"$user"` in the search path goes on meaning the login, whose schema may hold the tables.
 
@@ -278,7 +326,7 @@ def _local_settings(limit: Deadline, lock_timeout_ms: int, read_only: bool) -> d
 def _identity(role: Role, user: int | None, email: str | None, outside: tuple[str, str] | None) -> dict[str, Any]:
     """An empty setting is nobody, and so is one that a transaction of the past has left behind: Postgres forgets it to ''."""
     issuer, subject = outside or ("", "")
-    named = {"user": "" if user is None else str(user), "email": email or "", "issuer": issuer, "subject": subject}
+    named = {"as_user": "" if user is None else str(user), "as_email": email or "", "as_issuer": issuer, "as_subject": subject}
     return named | {"role": role, "role_name": f"chatkeep_{role}"}
 
 
@@ -301,7 +349,7 @@ def _roll_back(connection: Connection) -> None:
         connection.invalidate()
 
 
-def _give_back(connection: Connection, limit: Deadline) -> None:
+def _give_back(connection: Connection | PoolProxiedConnection, limit: Deadline) -> None:
     """To the pool, unless the deadline has fired: after `release` it no longer can."""
     if limit.release():
         connection.invalidate()
@@ -432,7 +480,6 @@ def _postgres() -> _Postgres:
                 sqlalchemy_url(url),
                 pool_size=size,
                 max_overflow=0,
-                pool_pre_ping=True,
                 pool_recycle=POOL_RECYCLE_SECONDS,
                 pool_use_lifo=True,
             )
@@ -441,23 +488,29 @@ def _postgres() -> _Postgres:
 
 
 def _make_engine(url: URL, **options: Any) -> Engine:
-    """READ COMMITTED is part of psycopg2's BEGIN, so it is no session state; hstore would cost a question at each connect."""
+    """No isolation level: psycopg2 would make it session state where the BEGIN is ours. hstore would cost a question at each connect."""
     made = create_engine(
         url,
-        isolation_level="READ COMMITTED",
         hide_parameters=True,
         use_native_hstore=False,
         connect_args={"connection_factory": _Connection},
         **options,
     )
     event.listen(made, "do_connect", lambda dialect, record, args, parameters: _connect(args, {**_CONNECT, **parameters}))
+    event.listen(made, "checkin", _tidy)
     return made
+
+
+def _tidy(raw: Any, _: object) -> None:
+    """Whoever takes it out of the pool otherwise than `transaction` finds it as psycopg2 makes it. Says nothing to the server."""
+    if raw is not None and not raw.closed:
+        raw.autocommit = False
 
 
 @contextmanager
 def migration_connection() -> Iterator[Connection]:
     """A connection of its own for Alembic, which begins and commits by itself. Waits for a database that is starting or asleep."""
-    made = _make_engine(migration_url(), poolclass=NullPool)
+    made = _make_engine(migration_url(), poolclass=NullPool, isolation_level="READ COMMITTED")
     with deadline(MIGRATION_SECONDS) as limit:
         try:
             connection = _repeated(made.connect, until=time.monotonic() + MIGRATION_WAKE_SECONDS, limit=limit)
@@ -569,11 +622,28 @@ _connections: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]  # psycopg2 has no types
-    """Before it says anything to the server, it tells the deadline of its thread about itself."""
+    """Before it says anything to the server, it tells the deadline of its thread about itself.
+
+    Where psycopg2 was told to stay out of transactions (`autocommit`), it would ignore these two.
+    """
 
     def __init__(self, *args: Any, **parameters: Any) -> None:
         super().__init__(*args, **parameters)
+        self.used = False
         _connections.add(self)
+
+    def commit(self) -> None:
+        self._end("COMMIT", super().commit)
+
+    def rollback(self) -> None:
+        self._end("ROLLBACK", super().rollback)
+
+    def _end(self, word: str, ordinarily: Callable[[], None]) -> None:
+        if self.closed or not self.autocommit:
+            ordinarily()
+        elif self.get_transaction_status() != psycopg2.extensions.TRANSACTION_STATUS_IDLE:
+            with self.cursor() as cursor:
+                cursor.execute(word)
 
     def cursor(self, *args: Any, **parameters: Any) -> Any:
         limit = getattr(_thread, "deadline", None)

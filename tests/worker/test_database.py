@@ -121,6 +121,19 @@ class TestTransaction:
             assert _count_users() == 0
         assert _count_users() == 2
 
+    def test_what_only_a_raw_cursor_has_done_is_committed_or_rolled_back(self, pool: Settings) -> None:
+        """As in a flush: SQLAlchemy has seen no statement then."""
+        for number, fails in enumerate((False, True)):
+            with (
+                pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext(),
+                transaction(seconds=10) as connection,
+                raw_cursor(connection) as cursor,
+            ):
+                cursor.execute('INSERT INTO "user" (email, password_hash) VALUES (%s, %s)', (str(number), "x"))
+                if fails:
+                    raise ZeroDivisionError
+            assert _count_users() == 1
+
     def test_settings_are_local_and_leave_nothing_behind(self, pool: Settings) -> None:
         session = text("SELECT name, setting FROM pg_settings WHERE source IN ('session', 'override') ORDER BY name")
         with database.engine().connect() as connection:
@@ -254,6 +267,41 @@ class TestPool:
                 _add_user(connection, str(time.monotonic()))
             _terminate_others(pool)
         assert _count_users() == 2
+
+    def test_whoever_takes_a_connection_by_himself_finds_it_as_the_driver_makes_it(self, pool: Settings) -> None:
+        assert _count_users() == 0
+        with database.engine().connect() as connection:
+            connection.execute(text("SET LOCAL chatkeep.role = 'owner'"))
+            _add_user(connection)
+            connection.rollback()
+        assert _count_users() == 0
+
+    def test_many_stale_ones_are_replaced_and_only_these(self, pool: Settings) -> None:
+        """None of them is asked before it is used; what is said first may be said again, and nothing else."""
+        with contextlib.ExitStack() as at_once:
+            for _ in range(3):
+                at_once.enter_context(transaction(seconds=10))
+        _terminate_others(pool)
+        one = text("SELECT 1")
+        assert database.read_rows(one, {}, user=1) == [(1,)]
+        assert _backends(pool) == 1
+
+    @pytest.mark.parametrize(("used", "closed", "tries"), [(False, 2, 1), (True, 0, 1), (True, 2, 2)])
+    def test_only_a_used_one_that_is_closed_counts_as_stale(self, used: bool, closed: int, tries: int) -> None:
+        class Broken:
+            def __init__(self, used: bool) -> None:
+                self.driver_connection, self.used, self.closed = self, used, closed
+
+            def cursor(self) -> None:
+                raise psycopg2.OperationalError
+
+            def invalidate(self) -> None: ...
+            def close(self) -> None: ...
+
+        opened = [Broken(used=False), Broken(used)]
+        with pytest.raises(psycopg2.OperationalError):
+            database._say_first(opened.pop, "SELECT 1", {})  # type: ignore[type-var]
+        assert 2 - len(opened) == tries
 
     def test_restart_of_postgres_is_unnoticed(self, postgres: EmbeddedPostgres, pool: Settings) -> None:
         assert _count_users() == 0
@@ -390,7 +438,7 @@ class TestDeadline:
         with transaction(seconds=0.3) as connection:
             _add_user(connection)
         monkeypatch.setattr(database, "_commit", commit)
-        monkeypatch.setattr(database.engine().pool, "_pre_ping", False)  # which would hide it
+        assert database.engine().pool._pool.queue[0].dbapi_connection is None  # type: ignore[attr-defined]  # QueuePool's
         assert _count_users() == 1
 
     def test_many_threads_at_once(self, postgres: EmbeddedPostgres, pool: Settings) -> None:

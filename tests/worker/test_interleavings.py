@@ -11,6 +11,7 @@ import asyncio
 import os
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import structlog
@@ -189,20 +190,20 @@ class TestMergedRead:
     async def test_also_not_if_it_is_deleted_while_postgres_is_asked(
         self, settings, redis, log, user, shard, conversation, monkeypatch
     ) -> None:
-        """Between two statements, each of which sees what is committed when it begins."""
+        """The conversation and its messages are of one snapshot."""
         monkeypatch.setattr(settings, "cache_messages_max", 2)
         for i in range(6):
             await log.append(user, conversation, "user", str(i))
         flush_shard(redis, settings, shard)
-        find, loop = committed._conversation, asyncio.get_running_loop()
+        find, loop = committed.read_rows, asyncio.get_running_loop()
 
-        def found_then_deleted(*arguments: object) -> object:
-            found = find(*arguments)
+        def found_then_deleted(*arguments: Any, **options: Any) -> object:
+            found = find(*arguments, **options)
             asyncio.run_coroutine_threadsafe(log.delete(user, conversation), loop).result(10)
             flush_shard(redis, settings, shard)
             return found
 
-        monkeypatch.setattr(committed, "_conversation", found_then_deleted)
+        monkeypatch.setattr(committed, "read_rows", found_then_deleted)
         assert texts(await read_history(log, user, conversation, Page(limit=5))) == ["1", "2", "3", "4", "5"]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 from sqlalchemy import Connection, NullPool, TextClause, create_engine, event, text
@@ -134,7 +135,8 @@ class TestIndexes:
 
     def test_history(self, crowd: None, analyzed: bool) -> None:
         _analyze(analyzed)
-        for statement, direction in ((committed._OLDER, "Backward"), (committed._NEWER, "Forward")):
+        columns = "SELECT id, role, content, created_at, status "
+        for statement, direction in ((text(columns + committed._OLDER), "Backward"), (text(columns + committed._NEWER), "Forward")):
             for conversation in (1, 17, 1000, 999_999):
                 for low, high in ((0, 2**63 - 1), (20_000, 2**63 - 1), (0, 20_000)):
                     values = {"user": 1 + conversation % 2, "conversation": conversation, "from": low, "until": high, "count": 51}
@@ -146,9 +148,28 @@ class TestIndexes:
     def test_whether_there_is_more(self, crowd: None, analyzed: bool) -> None:
         _analyze(analyzed)
         for conversation in (1, 17, 1000, 999_999):
-            plan = _plan(committed._ANY, {"user": 1 + conversation % 2, "conversation": conversation, "from": 0, "until": 2**63 - 1})
+            values = {"user": 1 + conversation % 2, "conversation": conversation, "beyond_from": 0, "beyond_until": 2**63 - 1}
+            plan = _plan(text("SELECT id " + committed._BEYOND), values)
             assert plan["Index Name"] == "pk_message"
             assert plan["Actual Rows"] <= 1
+
+    def test_page_is_these_one_after_the_other(self, crowd: None, analyzed: bool) -> None:
+        _analyze(analyzed)
+        for (direction, look_beyond), statement in committed._PAGES.items():
+            for conversation in (1, 17, 1000, 999_999):
+                values = {"user": 1 + conversation % 2, "conversation": conversation, "from": 0, "until": 2**63 - 1, "count": 51}
+                page = _explained(statement, values | {"beyond_from": 20_000, "beyond_until": 2**63 - 1})
+                assert page["Node Type"] == "Append"
+                tables = [part for part in page["Plans"] if '"Relation Name"' in json.dumps(part)]
+                parts = [_scan(part, ("Limit", "Result", "Subquery Scan")) for part in tables]
+                assert [part["Index Name"] for part in parts[1:]] == ["pk_message"] * (2 if look_beyond else 1), direction
+                assert parts[0]["Index Name"] in ("pk_conversation", "uq_conversation_id_user_id")
+                assert all(part["Actual Rows"] + part.get("Rows Removed by Filter", 0) <= 51 for part in parts)
+
+    def test_one_conversation(self, crowd: None, analyzed: bool) -> None:
+        _analyze(analyzed)
+        plan = _plan(committed._CONVERSATION, {"user": 2, "conversation": 17})
+        assert plan["Index Name"] in ("pk_conversation", "uq_conversation_id_user_id")
 
     def test_list(self, crowd: None, analyzed: bool) -> None:
         _analyze(analyzed)
@@ -254,24 +275,31 @@ def _asked(call: Callable[[], object]) -> list[tuple[TextClause, dict[str, Any]]
     asked: list[tuple[TextClause, dict[str, Any]]] = []
 
     def note(connection: Connection, statement: Any, values: Any, parameters: Any, options: Any) -> None:
-        if statement is database._SET_LOCAL:
-            assert parameters["read_only"], "not with the planner's settings that _plan shows"
-        else:
-            asked.append((statement, parameters))
+        asked.append((statement, parameters))
 
     event.listen(database.engine(), "before_execute", note)
     try:
-        call()
+        with mock.patch.object(database, "_local_settings", wraps=database._local_settings) as settings:
+            call()
     finally:
         event.remove(database.engine(), "before_execute", note)
+    assert all(call.args[2] for call in settings.call_args_list), "not with the planner's settings that _plan shows"
     return asked
+
+
+def _explained(statement: TextClause, values: dict[str, Any]) -> dict[str, Any]:
+    with database.read(seconds=30, user=values["user"]) as connection:
+        explained = connection.execute(text(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement.text}"), values).scalar_one()
+    plan: dict[str, Any] = explained[0]["Plan"]
+    return plan
 
 
 def _plan(statement: TextClause, values: dict[str, Any], above: Collection[str] = ("Limit", "Result")) -> dict[str, Any]:
     """What one scan did; anything else above it (a sort, say) fails the test."""
-    with database.read(seconds=30, user=values["user"]) as connection:
-        explained = connection.execute(text(f"EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) {statement.text}"), values).scalar_one()
-    plan: dict[str, Any] = explained[0]["Plan"]
+    return _scan(_explained(statement, values), above)
+
+
+def _scan(plan: dict[str, Any], above: Collection[str]) -> dict[str, Any]:
     while plan["Node Type"] in above:  # beside the settings that the policies compare with, which read no table
         [plan] = [part for part in plan["Plans"] if '"Relation Name"' in json.dumps(part)]
     assert plan["Node Type"] in ("Index Scan", "Index Only Scan"), plan

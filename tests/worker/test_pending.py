@@ -680,6 +680,11 @@ class TestRead:
         flush_shard(redis, settings, shard)
         with pytest.raises(NotFound):
             await log.read(user, conversation, "before", None, 50)
+        core.forget(redis, user, conversation, settings)
+        for read in (read_conversation(log, user, conversation), core.shown(log, user, conversation)):
+            with pytest.raises(NotFound):
+                await read
+        assert (await list_conversations(log, user, 20, None)).items == ()
 
     async def test_what_is_committed(self, settings, redis, log, user, shard, conversation) -> None:
         """Of a clean conversation everything, whatever has become of the shard's mark; of another, what the mark says."""

@@ -30,7 +30,7 @@ import sqlalchemy
 import structlog.testing
 from pydantic import SecretStr
 from redis import Redis
-from sqlalchemy import Connection, event, text
+from sqlalchemy import Connection, text
 
 import api.history
 import worker.pending
@@ -39,7 +39,7 @@ from api.history import list_conversations, read_history
 from tests import schema
 from tests.core import conversation_entry, flush_all, message_entry
 from worker import accounts, committed, database, dead_letters, loading
-from worker.database import raw_cursor, read, transaction
+from worker.database import raw_cursor, read, read_rows, transaction
 from worker.embedded import EmbeddedPostgres
 from worker.errors import NotFound, PostgresUnavailable
 from worker.models import Table
@@ -267,11 +267,22 @@ class TestPooledConnections:
 
     def test_one_statement_sets_it_all(self, house: House) -> None:
         """No round trip more than before there were policies."""
-        said: list[str] = []
-        event.listen(database.engine(), "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
-        with read(user=ANN) as connection:
-            connection.execute(text("SELECT 1"))
-        assert len(said) == 2
+        said: list[object] = []
+
+        class Cursor(psycopg2.extensions.cursor):
+            def execute(self, statement: str, values: Any = None) -> None:
+                said.append(statement)
+                super().execute(statement, values)
+
+        _visible("message")  # a new connection is asked more
+        make = database._Connection.cursor
+        with mock.patch.object(database._Connection, "cursor", lambda self: make(self, cursor_factory=Cursor)):
+            with read(user=ANN) as connection:
+                connection.execute(text("SELECT 1"))
+            assert len(said) == 3, "the beginning with the settings, the body, the end"
+            said.clear()
+            assert read_rows(text("SELECT user_id FROM message"), {}, user=ANN) == [(ANN,), (ANN,)]
+            assert len(said) == 1
 
     def test_nothing_is_left_in_the_session(self, house: House, one_connection: None) -> None:
         asked = "SELECT current_user = session_user, current_setting('chatkeep.role', true), current_setting('chatkeep.user_id', true)"
@@ -286,14 +297,36 @@ class TestPooledConnections:
 
 
 class TestFailsClosed:
-    def test_autocommit_would_make_it_a_no_op(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_settings_without_a_transaction_are_refused(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(database, "_BEGIN", "/* no BEGIN */ ")
+        with pytest.raises(RuntimeError, match="none has begun"), transaction(seconds=10, user=ANN):
+            pytest.fail("it began")
+
+    def test_engine_in_autocommit_mode_makes_no_difference(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
         make = database._make_engine
         monkeypatch.setattr(
             database, "_make_engine", lambda url, **options: make(url, **options).execution_options(isolation_level="AUTOCOMMIT")
         )
         database.dispose()
-        with pytest.raises(RuntimeError, match="autocommit"), transaction(seconds=10, user=ANN):
-            pytest.fail("it began")
+        for user in (ANN, BOB):
+            with transaction(seconds=10, user=user) as connection:
+                assert _all(connection, "SELECT DISTINCT user_id FROM message") == [(user,)]
+
+    def test_one_round_trip_read_is_a_transaction_of_its_own(self, house: House, one_connection: None) -> None:
+        """Whatever became of it, the next one begins as nobody; and it cannot write."""
+        seen = text("SELECT pg_backend_pid(), current_setting('chatkeep.user_id'), user_id FROM message")
+        [(backend, _, _), _] = read_rows(seen, {}, user=ANN)
+        for user in (BOB, ANN, BOB):
+            assert read_rows(seen, {}, user=user) == [(backend, str(user), user)] * 2
+            with database.engine().connect() as connection:
+                assert _all(connection, "SELECT current_user = session_user, current_setting('chatkeep.user_id', true)") == [(True, "")]
+        assert read_rows(text("SELECT current_setting('transaction_read_only')"), {}, user=ANN) == [("on",)]
+        with pytest.raises(PostgresUnavailable):
+            read_rows(text("DELETE FROM message RETURNING user_id"), {}, user=ANN)
+        with pytest.raises(PostgresUnavailable):
+            read_rows(text("SELECT user_id FROM message WHERE pg_sleep(5) IS NULL"), {}, user=ANN, seconds=0.2)
+        assert _visible("message") == 0
+        assert _visible("message", user=BOB) == 2
 
     @only("plain", "three")
     def test_settings_under_autocommit_show_nothing(self, house: House) -> None:
@@ -313,6 +346,8 @@ class TestFailsClosed:
                 for identity in ({}, {"user": ANN}, {"role": "worker"}):
                     with pytest.raises(PostgresUnavailable), transaction(seconds=10, **identity):
                         pytest.fail("it began")
+                with pytest.raises(PostgresUnavailable):
+                    read_rows(text("SELECT user_id FROM message"), {}, user=ANN)
             assert ["row-level security does not apply" in line["event"] for line in logs] == [True]
             house.owner(f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {stranger.name}")
 
@@ -321,6 +356,8 @@ class TestFailsClosed:
         try:
             with pytest.raises(PostgresUnavailable), read(user=ANN):
                 pytest.fail("it began")
+            with pytest.raises(PostgresUnavailable):
+                read_rows(text("SELECT user_id FROM message"), {}, user=ANN)
         finally:
             schema.upgrade(house.owner_url)
         with read(user=ANN) as connection:
@@ -458,7 +495,7 @@ class TestWithoutFilters:
     def test_it_would_without_policies(self, house: House, filterless: Filterless) -> None:
         """That the build is what it says, and the test sharp."""
         as_worker = {
-            "read": lambda seconds=None, **_: transaction(seconds=10, role="worker"),
+            "read_rows": _read_as_worker,
             "transaction": lambda **_: transaction(seconds=10, role="worker"),
         }
         with house.as_worker(), contextlib.ExitStack() as patched:
@@ -493,6 +530,11 @@ class TestWithoutFilters:
                     await log.append(BOB, conversation, "user", "let me in")
                 assert {item.id for item in (await list_conversations(log, BOB, 10, None)).items} == {20}
             assert len((await read_history(log, ANN, conversation, Page(limit=10))).messages) == 1
+
+
+def _read_as_worker(statement: Any, values: Any, **_: object) -> Any:
+    with transaction(seconds=10, role="worker") as connection:
+        return connection.execute(statement, values).all()
 
 
 def _look_everywhere(build: Filterless, user: int, conversation: int, message: int, key: str, created: str) -> dict[str, object]:
