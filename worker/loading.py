@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import Connection, text
 
 from worker.codec import HASH_SQL, Stored, message_body, to_microseconds
-from worker.database import transaction
+from worker.database import read_rows, transaction
 from worker.errors import ConfigurationError
 
 RETRY_KEYS_MAX = 10_000
@@ -51,24 +52,23 @@ class LoadedConversation:
 
 def load_conversation(conversation_id: int, user_id: int, messages_max: int, seconds: float) -> LoadedConversation | None:
     """Everything of a conversation that the cache holds; None if this user has no such conversation."""
-    with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
-        row = connection.execute(
-            text("SELECT title, created_at, updated_at, deleted_at FROM conversation WHERE id = :id AND user_id = :user"),
-            {"id": conversation_id, "user": user_id},
-        ).one_or_none()
-        if row is None:
-            return None
-        which = {"id": conversation_id, "user": user_id}
-        rows = connection.execute(_LATEST, which | {"count": messages_max + 1, "bytes": MESSAGES_BYTES_MAX}).all()
-        keys = connection.execute(_KEYS, which | {"count": RETRY_KEYS_MAX + 1, "bytes": KEYS_BYTES_MAX}).all()
-    state = ConversationState(conversation_id, user_id, row[0], to_microseconds(row[1]), to_microseconds(row[2]))
-    messages = [to_stored(conversation_id, user_id, message) for message in rows[:messages_max] if message[2] is not None]
-    pairs = [(key, value) for key, value in keys[:RETRY_KEYS_MAX] if value is not None]
+    values = {"id": conversation_id, "user": user_id, "count": messages_max + 1, "bytes": MESSAGES_BYTES_MAX}
+    rows = read_rows(_LOAD, values | {"keys_count": RETRY_KEYS_MAX + 1, "keys_bytes": KEYS_BYTES_MAX}, user=user_id, seconds=seconds)
+    found = next((row for row in rows if row[0] is None), None)
+    if found is None:
+        return None
+    state = ConversationState(conversation_id, user_id, found[2], to_microseconds(found[3]), to_microseconds(found[6]))
+    latest = [row for row in rows if row[1] is not None]
+    keys = [row for row in rows if row[5] is not None]
+    for part in (latest, keys):
+        part.sort(key=itemgetter(0), reverse=True)  # UNION ALL promises no order; they come in it
+    messages = [to_stored(conversation_id, user_id, message) for message in latest[:messages_max] if message[2] is not None]
+    pairs = [(row[5], row[2]) for row in keys[:RETRY_KEYS_MAX] if row[2] is not None]
     return LoadedConversation(
         state=state,
-        deleted=row[3] is not None,
+        deleted=found[7] is not None,
         messages=tuple(reversed(messages)),
-        whole=len(messages) == len(rows),
+        whole=len(messages) == len(latest),
         retry_keys=tuple(pairs),
         all_keys=len(pairs) == len(keys),
     )
@@ -76,17 +76,18 @@ def load_conversation(conversation_id: int, user_id: int, messages_max: int, sec
 
 _NEWEST_FIRST = (
     "SELECT *, sum(octet_length(content)) OVER (ORDER BY conversation_id DESC, id DESC ROWS UNBOUNDED PRECEDING) AS size FROM message "
-    "WHERE conversation_id = :id AND user_id = :user {} ORDER BY conversation_id DESC, id DESC LIMIT :count"
+    "WHERE conversation_id = :id AND user_id = :user {} ORDER BY conversation_id DESC, id DESC LIMIT {}"
 )
 """The length of a text is known without reading it. What is over the limit comes without it, and shows that there is more."""
-_LATEST = text(
-    "SELECT id, role, CASE WHEN size <= :bytes THEN content END, created_at, status "
-    f"FROM ({_NEWEST_FIRST.format('')}) AS latest ORDER BY conversation_id DESC, id DESC"
+_LOAD = text(
+    "SELECT NULL::bigint AS id, NULL AS role, title AS content, created_at, NULL AS status, NULL AS key, updated_at, deleted_at "
+    "FROM conversation WHERE id = :id AND user_id = :user UNION ALL "
+    "(SELECT id, role, CASE WHEN size <= :bytes THEN content END, created_at, status, NULL, NULL, NULL "
+    f"FROM ({_NEWEST_FIRST.format('', ':count')}) AS latest ORDER BY conversation_id DESC, id DESC) UNION ALL "
+    f"(SELECT id, NULL, CASE WHEN size <= :keys_bytes THEN id || ':' || {HASH_SQL} END, NULL, NULL, idempotency_key, NULL, NULL "
+    f"FROM ({_NEWEST_FIRST.format('AND idempotency_key IS NOT NULL', ':keys_count')}) AS latest ORDER BY conversation_id DESC, id DESC)"
 )
-_KEYS = text(
-    f"SELECT idempotency_key, CASE WHEN size <= :bytes THEN id || ':' || {HASH_SQL} END "
-    f"FROM ({_NEWEST_FIRST.format('AND idempotency_key IS NOT NULL')}) AS latest ORDER BY conversation_id DESC, id DESC"
-)
+"""The conversation (its row has no id), its latest messages, and the values of its latest retry keys (whose rows have no role)."""
 
 
 def to_stored(conversation_id: int, user_id: int, row: Sequence[Any]) -> Stored:
