@@ -342,16 +342,17 @@ class PendingLog:
         names = self._conversation_keys(shard, conversation_id)
         head = [("HMGET", names[0], "u", "d", "t", "s", "a", "m", "w", "l"), ("PTTL", names[0]), ("GET", keys.committed(shard))]
         page = [] if direction is None else _page_commands(names[1], direction, from_id, count)
-        theirs = self._owners.get(conversation_id) == user_id
-        known, ttl, mark, *found = await self._scripts.transaction("read", [*head, *page] if theirs else head)
-        if known[0] != b"%d" % user_id:  # also somebody else's: nobody may learn which ids there are, not even while Postgres is away
-            return None
-        if known[1] == b"1":
-            raise NotFound()
-        if not theirs:
-            self._note_owner(user_id, conversation_id)
-            if page:
-                return await self.read(user_id, conversation_id, direction, from_id, count)
+        while True:
+            theirs = self._owners.get(conversation_id) == user_id
+            known, ttl, mark, *found = await self._scripts.transaction("read", [*head, *page] if theirs else head)
+            if known[0] != b"%d" % user_id:  # also somebody else's: nobody may learn which ids there are, not even while Postgres is away
+                return None
+            if known[1] == b"1":
+                raise NotFound()
+            if not theirs:
+                self._note_owner(user_id, conversation_id)
+            if theirs or not page:
+                break
         if 0 < ttl < self._settings.cache_ttl_seconds * 500:  # half of it is gone: a use prolongs it, but not every read should be a write
             self._spawn(self._touch(names))
         _, _, title, created, updated, last_id, whole, last_pending = known

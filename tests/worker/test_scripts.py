@@ -143,8 +143,8 @@ async def test_a_caller_whose_own_time_is_over_leaves_the_connection_to_the_othe
 
     async with server(handle) as (url, peers), scripts_on(settings, url) as running:
         clock = asyncio.get_running_loop().time
-        impatient = asyncio.create_task(running.run("read", ["k"], ["impatient"], until=clock() + 0.1))
-        patient = asyncio.create_task(running.run("read", ["k"], ["patient"], until=clock() + 60))
+        impatient = asyncio.create_task(running.run("turn", ["k"], ["impatient"], until=clock() + 0.1))
+        patient = asyncio.create_task(running.run("turn", ["k"], ["patient"], until=clock() + 60))
         started = clock()
         with pytest.raises(TooSlow):
             await impatient
@@ -158,7 +158,7 @@ async def test_nothing_waits_for_the_end_of_a_call_that_was_answered(settings, m
     late = []
     async with server(say_which) as (url, _), scripts_on(settings, url, seconds=0.3) as running:
         monkeypatch.setattr(running, "_lost", late.append)
-        assert await running.run("read", ["k"], ["x"]) == b"x"
+        assert await running.run("turn", ["k"], ["x"]) == b"x"
         await asyncio.sleep(0.4)
     assert late == []
 
@@ -243,7 +243,7 @@ async def test_a_connection_that_was_idle_is_asked_before_it_is_used(settings, m
 async def test_a_server_that_has_forgotten_a_script_gets_it_again(settings, redis) -> None:
     redis.script_flush()
     async with scripts_on(settings, settings.redis_url.get_secret_value()) as running:
-        assert await asyncio.gather(*(running.run("lease", ["ck:{s00}:load:1"], ["token", 1000]) for _ in range(5)))
+        assert await asyncio.gather(*(running.run("turn", ["ck:{s00}:load:1"], ["token", 1000]) for _ in range(5)))
 
 
 # Transactions
@@ -275,7 +275,7 @@ async def test_transactions_and_scripts_of_one_turn_get_their_own_answers(settin
                 for n in range(50)
                 for call in (
                     running.transaction("some", [("GET", f"n:{n}"), ("HMGET", f"h:{n}", "a", "b", "none"), ("PTTL", "none")]),
-                    running.run("lease", [f"ck:{{s00}}:load:{n}"], [f"token {n}", 1000]),
+                    running.run("turn", [f"ck:{{s00}}:load:{n}"], [f"token {n}", 1000]),
                     running.transaction("some", [("SET", f"n:{n}", n)]),
                 )
             ]
