@@ -163,7 +163,9 @@ def trim_batches(
                 conversations = [settled[shard, entry.id] for entry in chunk if (shard, entry.id) in settled]
                 numbers = {number for number, _ in conversations}
                 withdrawn = [gone for gone in persisted.withdrawn if gone.conversation_id in numbers]
-                parts.append(pending.Trim(shard, chunk, conversations, withdrawn))
+                appended = (entry.id for entry in reversed(chunk) if (shard, entry.id) not in persisted.planted)  # in the order of ids
+                committed = keys.entry_number(next(appended, b"")) or 0
+                parts.append(pending.Trim(shard, chunk, committed, conversations, withdrawn))
         trimmed = pending.trim(client, parts, ttl_seconds=settings.cache_ttl_seconds, messages_kept=settings.cache_messages_max)
         left |= zip((part.shard for part in parts), trimmed, strict=True)
     return left

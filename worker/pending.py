@@ -697,12 +697,13 @@ def _pages(client: Redis, starts: Mapping[int, str], count: int) -> list[list[tu
 class Trim:
     """Committed entries that are to be removed from a shard's log.
 
-    `conversations` are (id, user id) of those whose last entry is among these: they are settled in the same step, so that a crash
-    between two trims leaves no conversation that nobody settles.
+    `committed` is the highest id among them that an append has given, or 0. `conversations` are (id, user id) of those whose last entry is
+    among these: they are settled in the same step, so that a crash between two trims leaves no conversation that nobody settles.
     """
 
     shard: int
     entries: Sequence[RawEntry]
+    committed: int
     conversations: Sequence[tuple[int, int]] = ()
     withdrawn: Sequence[Withdrawn] = ()
 
@@ -733,9 +734,14 @@ def _trim_call(trim: Trim, ttl_seconds: int, messages_kept: int) -> tuple[list[s
             keys.created_keys(shard, user_id),
             keys.events(shard, user_id),
         ]
-    from_the_end = (keys.entry_number(entry.id) or 0 for entry in reversed(entries))  # the log's order is that of its ids
-    highest = next((number for number in from_the_end if number and keys.shard_of_id(number) == shard), 0)
-    arguments: list[Argument] = [ttl_seconds, ttl_seconds + EXTRA_TTL_SECONDS, messages_kept, highest, len(entries), len(conversations)]
+    arguments: list[Argument] = [
+        ttl_seconds,
+        ttl_seconds + EXTRA_TTL_SECONDS,
+        messages_kept,
+        trim.committed,
+        len(entries),
+        len(conversations),
+    ]
     arguments += [entry.id for entry in entries]
     arguments += [entry.size for entry in entries]
     arguments += [entry.fields.get(b"u", b"") for entry in entries]

@@ -58,6 +58,8 @@ class Persisted:
     conversations: dict[int, Touched] = field(default_factory=dict)
     """By id, which tells their shard: that of their entries (`decode_entry` takes no other)."""
     withdrawn: list[Withdrawn] = field(default_factory=list)
+    planted: set[tuple[int, bytes]] = field(default_factory=set)
+    """Shard and id of entries that no append has written: their ids say nothing about what is committed."""
 
     def add(self, later: Persisted) -> None:
         """What was written after this, in the same transaction."""
@@ -65,6 +67,7 @@ class Persisted:
         self.dead += later.dead
         self.conversations |= later.conversations
         self.withdrawn += later.withdrawn
+        self.planted |= later.planted
 
 
 @dataclass(slots=True)
@@ -115,6 +118,7 @@ def persist_batch(cursor: Cursor, shards: int, batches: Mapping[int, Sequence[Ra
                     last_ids[shard] = entry.id
                 else:
                     dead.append(_Dead(shard, raw, "other_shard"))
+    done.planted = {(one.shard, one.entry.id) for one in dead}
     dead += _apply_or_halve(cursor, decoded, done)
     _bury(cursor, dead)
     done.dead = len(dead)

@@ -92,7 +92,12 @@ class TestTrim:
         batch = self._entries(redis, shard)
 
         def trim() -> pending.Trimmed:
-            return pending.trim(redis, [pending.Trim(shard, batch, [(conversation, user)])], ttl_seconds=900, messages_kept=10)[0]
+            return pending.trim(
+                redis,
+                [pending.Trim(shard, batch, keys.entry_number(batch[-1].id), [(conversation, user)])],
+                ttl_seconds=900,
+                messages_kept=10,
+            )[0]
 
         assert trim() == pending.Trimmed(0, True)
         core.assert_clean(redis, settings)
@@ -113,7 +118,7 @@ class TestTrim:
         everything = self._entries(redis, shard)
         batch = everything[:3]
         redis.xdel(keys.log(shard), batch[1].id)
-        pending.trim(redis, [pending.Trim(shard, batch)], ttl_seconds=900, messages_kept=10)
+        pending.trim(redis, [pending.Trim(shard, batch, keys.entry_number(batch[-1].id))], ttl_seconds=900, messages_kept=10)
         assert self._entries(redis, shard) == everything[3:]
         left = int(redis.get(keys.backlog_bytes(shard)))
         assert left == sum(entry.size for entry in everything[3:]) + batch[1].size, "what it did not take it does not count down"

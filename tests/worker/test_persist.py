@@ -328,6 +328,26 @@ class TestPoison:
         assert core.dead_letters() == ["malformed"]
         core.assert_clean(redis, settings)
 
+    async def test_that_looks_like_an_id_from_the_future_passes_for_no_commit(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        """What is appended after it would be taken for committed while it is pending, and a new conversation's id for taken."""
+        last = (await log.append(user, conversation, "user", "before")).message.id
+        core.plant(redis, shard, f"{last + 64 * 100_000 * 60}-0", b="{")
+        flush_shard(redis, settings, shard)
+        assert int(redis.get(keys.committed(shard))) == last
+        after = await log.append(user, conversation, "user", "after")
+        assert after.committed < after.message.id
+        assert redis.hget(keys.conversation(shard, conversation), "l") == b"%d" % after.message.id
+        asked = []
+        run = log._scripts.run
+        monkeypatch.setattr(log._scripts, "run", lambda name, *rest, **named: asked.append(name) or run(name, *rest, **named))
+        await log.create(user, None)
+        assert asked == ["reserve", "create"]
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["before", "after"]
+        core.assert_clean(redis, settings)
+
     async def test_among_thousands_is_found_by_halving(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:
         """What passes the check and is refused by Postgres all the same: a new conversation of nobody."""
         last = int(redis.xrevrange(keys.log(shard), count=1)[0][0].split(b"-")[0])
