@@ -82,7 +82,8 @@ _FETCH_PAGE_FIRST, _FETCH_PAGE = 50, 1000
 
 @dataclass(frozen=True, slots=True)
 class Appended:
-    """An acknowledged message. `replayed`: a retry, this is the first answer. `reply_id`: the reply that it already has, if any."""
+    """An acknowledged message. `committed`: the highest id that is in Postgres, or 0 where the message is higher in any case. `replayed`: a
+    retry, this is the first answer. `reply_id`: the reply that it already has, if any."""
 
     message: Stored
     committed: int
@@ -176,7 +177,7 @@ class PendingLog:
             keys.users(shard),
             keys.messages_of_minute(shard, user_id),
         ]
-        digest = request_hash(role, status, content)
+        digest = request_hash(role, status, content) if key else ""
         title = auto_title(content) if role == "user" else ""
         asked = ""
 
@@ -216,7 +217,7 @@ class PendingLog:
                     answer = await ask()
         if appended is None:
             self._woken(shard, answer[3])
-            appended = Appended(Stored(int(answer[1]), int(answer[2]), body), int(answer[4]), replayed=False)
+            appended = Appended(Stored(int(answer[1]), int(answer[2]), body), committed=0, replayed=False)
         self._check_durability()
         return appended
 

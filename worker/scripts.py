@@ -35,6 +35,9 @@ log = structlog.get_logger(__name__)
 
 Argument = str | bytes | int | float
 _FOLDER = Path(__file__).parent / "lua"
+SEND_AT = 8
+"""Calls that do not wait for the end of the turn of the event loop: Redis fsyncs them while this process goes on with the others. With 16
+clients they would else take turns, each waiting for the other: 1.24 times the dict's throughput instead of 1.13."""
 LONGEST_LEASE_MS = 60_000
 EVENTS_KEPT = 1000
 """Of a user's event stream, about."""
@@ -184,6 +187,8 @@ class AsyncScripts:
         if not self._unsent:
             loop.call_soon(self._send)
         self._unsent.append(call)
+        if len(self._unsent) == SEND_AT:
+            self._send()
         last = loop.time() + self._timeout_seconds
         # One timer for both: with `asyncio.timeout`, which has to watch the task, each takes 6 µs instead of 2.
         timer = loop.call_at(last, self._lost, call) if last <= until else loop.call_at(until, _settle, call.answer, TooSlow())
@@ -219,8 +224,10 @@ class AsyncScripts:
             self._opening = asyncio.get_running_loop().create_task(self._open())
 
     def _send_on(self, connection: Multiplexed) -> None:
-        calls, self._unsent = self._unsent, []
-        calls = [call for call in calls if not call.answer.done()]  # the others were given up before anything was sent
+        calls = [call for call in self._unsent if not call.answer.done()]  # the others were given up before anything was sent
+        self._unsent = []
+        if not calls:
+            return
         self._sent.update(call.answer for call in calls)
         connection.send(chain.from_iterable(self._commands(connection, call) for call in calls))
 

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from worker import scripts
 from worker.errors import RedisUnavailable, TooSlow
 from worker.redis import connect
-from worker.scripts import AsyncScripts
+from worker.scripts import SEND_AT, AsyncScripts
 
 pytestmark = pytest.mark.anyio
 EMPTIED = True
@@ -105,12 +105,12 @@ async def test_each_caller_gets_the_own_answer(settings) -> None:
         assert len(peers) == 1
 
 
-async def test_calls_of_one_turn_leave_in_one_write(settings) -> None:
+async def test_calls_of_one_turn_leave_in_few_writes(settings) -> None:
     async with server(say_which) as (url, _), scripts_on(settings, url) as running:
         await running.run("turn", ["k"], ["first"])
         writes = counted(running)
         await asyncio.gather(*(running.run("turn", ["k"], [str(n)]) for n in range(50)))
-    assert len(writes) == 1
+    assert [write.count(b"EVALSHA") for write in writes] == [SEND_AT] * (50 // SEND_AT) + [50 % SEND_AT]
 
 
 async def test_a_late_answer_reaches_nobody_else(settings) -> None:

@@ -4,7 +4,7 @@
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 retry key or ''  6 request hash  7 title if the conversation has none, or ''
 --      8 backlog limit (bytes)  9 wake lease (ms)  10 the token of the question to Postgres about the key, or ''  11 turn token or ''  12 turn lease (ms)  13 the user's limit (bytes)
 --      14 messages a minute
--- Answers {'OK', id, microseconds, wake, committed}; {'REPLAY', id, committed, {stored message}, reply id or ''}; or one of
+-- Answers {'OK', id, microseconds, wake}; {'REPLAY', id, committed, {stored message}, reply id or ''}; or one of
 --   {'UNKNOWN'} ask Postgres for this user's   {'NOT_FOUND'} deleted   {'ASK_KEY'} Postgres may know the key
 --   {'NEED_SEED'} the clock is gone   {'FULL'} the backlog is at its limit   {'USER_FULL'}   {'KEY_REUSED'}   {'TURN_RUNNING'}
 --   {'TOO_MANY', for how long (ms)}
@@ -61,4 +61,4 @@ redis.call('ZADD', KEYS[8], id, ARGV[3])
 if ARGV[11] ~= '' then redis.call('SET', KEYS[10], ARGV[11], 'PX', ARGV[12]) end
 tell(KEYS[11], 'message', id, int(now), ARGV[4], '')
 if title ~= '' then tell(KEYS[11], 'conversation', ARGV[3], title, known[8], int(now)) end
-return {'OK', id, int(now), ask_for_flush(KEYS[1], KEYS[4], ARGV[9]), redis.call('GET', KEYS[9]) or '0'}
+return {'OK', id, int(now), ask_for_flush(KEYS[1], KEYS[4], ARGV[9])}

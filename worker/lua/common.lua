@@ -64,7 +64,9 @@ end
 
 local function count(counter, most, window_ms)
   if most == '0' then return end
-  if left_of(counter, window_ms) then redis.call('INCRBY', counter, 1) else redis.call('SET', counter, '1', 'PX', window_ms) end
+  local often = redis.call('INCRBY', counter, 1)
+  -- More than he may, and yet he need not wait: see left_of.
+  if often == 1 or often > tonumber(most) then redis.call('SET', counter, '1', 'PX', window_ms) end
 end
 
 -- 1 for the first entry since the last flush began: the caller then sends the flush task. Asked again when the lease runs out, because the
