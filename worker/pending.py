@@ -77,7 +77,8 @@ CLOCK_AHEAD_MS = 366 * 86_400_000
 """An id in the log that is further ahead of the server's clock (and not known to Postgres) was given by no append."""
 OWNERS_MAX = 20_000
 """Conversations of which a process remembers whose they are: 2 MB."""
-_FETCH_PAGE_FIRST, _FETCH_PAGE = 50, 1000
+_FETCH_PAGE_FIRST, _FETCH_PAGE = 50, 2500
+"""Entries that are read at once, and written in one part: with 1,000, what a part costs Postgres beside its rows was 6 of 21 µs a row."""
 
 
 @dataclass(frozen=True, slots=True)
