@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 
@@ -71,11 +70,11 @@ def test_shards_are_sent_together_once_after_the_delay(broker, wakeups) -> None:
 
 def test_tasks_keep_a_distance_however_short_the_delay(broker) -> None:
     made = Wakeups(broker, 0.0)  # type: ignore[arg-type]
+    started = time.monotonic()
     while len(broker.sent) < 5:
         made.ask(1)
     made.close()
-    moments = [moment for _, moment in broker.sent[:5]]
-    assert all(later - earlier >= PACE_SECONDS - 0.002 for earlier, later in pairwise(moments))
+    assert broker.sent[4][1] - started >= 4 * PACE_SECONDS
 
 
 def test_asking_never_waits_for_the_broker(broker, wakeups) -> None:
