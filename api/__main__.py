@@ -1,9 +1,11 @@
 """`python -m api` (what `make run` calls): everything on this machine, on servers of its own, with no setting at all.
 
-It starts PostgreSQL and Valkey (each only where `DATABASE_URL` or `REDIS_URL` is not set), migrates, then runs a worker, beat, Flower and
-the API, until Ctrl-C or SIGTERM. What it keeps is in `CHATKEEP_HOME`, by default `.chatkeep` beside this package:
+It starts PostgreSQL and two Valkeys, the second one for Celery (each only where `DATABASE_URL` or `REDIS_URL` is not set), migrates, then
+runs a worker, beat, Flower and the API, until Ctrl-C or SIGTERM. What it keeps is in `CHATKEEP_HOME`, by default `.chatkeep` beside this
+package:
 
     postgres/  valkey/     the servers and their data (`worker/embedded.py`)
+    broker/                Celery's, without any
     jwt.secret             made at the first start where `JWT_SECRET` is not set
     flower.password        the same for `FLOWER_BASIC_AUTH`
     owner.lock  processes.lock  id     one runner at a time, and nothing left over from a dead one (`worker/processes.py`)
@@ -28,7 +30,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from rich.markup import escape
 
 from api.supervisor import Board, Program, Server, Supervisor
-from worker.embedded import EmbeddedPostgres, EmbeddedValkey, make_private, port_is_free
+from worker.embedded import EmbeddedBroker, EmbeddedPostgres, EmbeddedValkey, make_private, port_is_free
 from worker.errors import ConfigurationError
 from worker.processes import Claim, kept_secret
 
@@ -50,6 +52,7 @@ class RunnerSettings(BaseSettings):
     chatkeep_home: Path = ROOT / ".chatkeep"
     database_url: SecretStr | None = None
     redis_url: SecretStr | None = None
+    celery_broker_url: SecretStr | None = None
     jwt_secret: SecretStr | None = None
     flower_basic_auth: SecretStr | None = None
 
@@ -100,12 +103,14 @@ class Runner:
         given, say = self._settings, self._board.say
         self._postgres = postgres = None if given.database_url else EmbeddedPostgres(self._home)
         valkey = None if given.redis_url else EmbeddedValkey(self._home)
-        await self._supervisor.start(*(Server(server, say) for server in (postgres, valkey) if server is not None))
+        broker = None if given.redis_url or given.celery_broker_url else EmbeddedBroker(self._home)
+        await self._supervisor.start(*(Server(server, say) for server in (postgres, valkey, broker) if server is not None))
         jwt_secret = _plain(given.jwt_secret) or kept_secret(self._home / "jwt.secret", lambda: secrets.token_urlsafe(48))
         env = {"JWT_SECRET": jwt_secret, "PYTHONUNBUFFERED": "1"}
         # Both, so that a DATABASE_URL_UNPOOLED from elsewhere never has the migrations run on another database.
         env |= {"DATABASE_URL": postgres.url, "DATABASE_URL_UNPOOLED": postgres.url} if postgres else {}
         env |= {"REDIS_URL": valkey.url} if valkey else {}
+        env |= {"CELERY_BROKER_URL": broker.url} if broker else {}
         return env
 
     async def _migrate(self, migration: Program) -> None:

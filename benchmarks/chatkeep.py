@@ -45,9 +45,9 @@ UNHINDERED = {"MESSAGES_PER_MINUTE_MAX": "1000000000", "CONVERSATIONS_PER_DAY_MA
 class Chatkeep:
     """The product: one uvicorn, one Celery worker with its default children, one beat; more when they are named."""
 
-    def __init__(self, processes: Processes, database_url: str, redis_url: str, jwt_secret: str) -> None:
+    def __init__(self, processes: Processes, database_url: str, redis_url: str, broker_url: str, jwt_secret: str) -> None:
         self._processes = processes
-        self._broker_url: str | None = None
+        self._broker_url = broker_url
         self._workers: dict[str, int] = {}
         self.database_url = database_url
         self.settings = Settings(
@@ -56,7 +56,7 @@ class Chatkeep:
         self.system = System("Chatkeep", ())
         self.ports: dict[str, int] = {}
         self.redis: Redis = connect_sync(self.settings, name="benchmark")
-        self.celery: Celery = make_app(self.settings)
+        self.celery: Celery = self._make_app()
 
     def __enter__(self) -> Self:
         return self
@@ -80,13 +80,16 @@ class Chatkeep:
             self._processes.stop(name)
         self._workers.clear()
 
+    def _make_app(self) -> Celery:
+        return make_app(self.settings.model_copy(update={"celery_broker_url": SecretStr(self._broker_url)}))
+
     def restart(self, *, database_url: str | None = None, broker_url: str | None = None) -> None:
         """Everything again, on another database or with another broker; on another database with an empty Redis."""
         self.drain()
         self.stop()
-        self._broker_url = broker_url
+        self._broker_url = broker_url or self._broker_url
         self.celery.close()
-        self.celery = make_app(self.settings.model_copy(update={"celery_broker_url": SecretStr(broker_url) if broker_url else None}))
+        self.celery = self._make_app()
         if database_url is not None:
             self.database_url = database_url
             self.redis.flushall()
@@ -130,8 +133,8 @@ class Chatkeep:
                 raise RuntimeError(f"{name} does not listen")
 
     def _environment(self) -> dict[str, str]:
-        own = {"DATABASE_URL": self.database_url, "REDIS_URL": self.settings.redis_url.get_secret_value(), **UNHINDERED}
-        return own | ({"CELERY_BROKER_URL": self._broker_url} if self._broker_url else {})
+        stores = {"DATABASE_URL": self.database_url, "REDIS_URL": self.settings.redis_url.get_secret_value()}
+        return {**stores, "CELERY_BROKER_URL": self._broker_url, **UNHINDERED}
 
     # The log
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from api.tokens import Tokens
 from benchmarks.chatkeep import Chatkeep
 from benchmarks.processes import Processes
-from worker.embedded import EmbeddedValkey
+from worker.embedded import EmbeddedBroker, EmbeddedValkey
 
 USERS = 100
 
@@ -25,13 +25,12 @@ def main() -> None:
     secret = secrets.token_urlsafe(48)
     with ExitStack() as exits:
         home = Path(exits.enter_context(tempfile.TemporaryDirectory(prefix="chatkeep-")))
-        valkey = EmbeddedValkey(home)
-        exits.enter_context(valkey)
+        valkey, broker = exits.enter_context(EmbeddedValkey(home)), exits.enter_context(EmbeddedBroker(home))
         processes = exits.enter_context(Processes(home, secret))
-        chatkeep = exits.enter_context(Chatkeep(processes, sys.argv[1], valkey.url, secret))
+        chatkeep = exits.enter_context(Chatkeep(processes, sys.argv[1], valkey.url, broker.url, secret))
         chatkeep.start()
         tokens = Tokens(secret, 86_400)
-        pids = [valkey.pid, *processes.pids]
+        pids = [valkey.pid, broker.pid, *processes.pids]
         print(
             json.dumps({"port": chatkeep.ports["api"], "pids": pids, "tokens": {n: tokens.issue(n) for n in range(1, USERS + 1)}}),
             flush=True,

@@ -3,7 +3,8 @@
 | process | is |
 | --- | --- |
 | PostgreSQL | fully durable (fsync, synchronous commit); a database for each system |
-| Valkey | append-only file, fsynced always; Chatkeep's log, cache and broker, as in `make run` |
+| Valkey | append-only file, fsynced always; Chatkeep's log and cache |
+| broker | a second Valkey, for Celery, that keeps nothing, as in `make run` |
 | api, worker, beat | Chatkeep (`benchmarks/chatkeep.py`) |
 | bare, dict, direct, best direct | the yardsticks (`benchmarks/yardsticks`): one uvicorn each, idle while another one is measured |
 
@@ -29,7 +30,7 @@ from benchmarks.chatkeep import Chatkeep, System
 from benchmarks.figures import Plan
 from benchmarks.load import ROOT, RUNNERS, Load, Probe, Served, request, sentence
 from benchmarks.processes import Processes, answers
-from worker.embedded import EmbeddedPostgres, EmbeddedValkey, free_port
+from worker.embedded import EmbeddedBroker, EmbeddedPostgres, EmbeddedValkey, free_port
 
 T = TypeVar("T")
 
@@ -59,6 +60,7 @@ class Stand:
         self.processes = Processes(home, self._secret)
         self.postgres = EmbeddedPostgres(home, durable=durable, settings=POSTGRES)
         self.valkey = EmbeddedValkey(home, durable=durable)
+        self.broker = EmbeddedBroker(home)
         self.yardsticks: dict[str, System] = {}
 
     def __enter__(self) -> Self:
@@ -74,7 +76,7 @@ class Stand:
 
     def _start(self) -> None:
         self._exits.enter_context(self.processes)
-        for server in (self.postgres, self.valkey):
+        for server in (self.postgres, self.valkey, self.broker):
             if (self.home / server.name).exists():  # a run that was killed
                 server.destroy()
             server.start()
@@ -84,7 +86,9 @@ class Stand:
         self._migrate("chatkeep")
         for name in ("best", "copied"):
             self.add_database(name)
-        self.chatkeep = self._exits.enter_context(Chatkeep(self.processes, self.url_of("chatkeep"), self.valkey.url, self._secret))
+        self.chatkeep = self._exits.enter_context(
+            Chatkeep(self.processes, self.url_of("chatkeep"), self.valkey.url, self.broker.url, self._secret)
+        )
         starting = [self.start_yardstick(name, self.url_of(database)) for name, database in YARDSTICKS.items()]
         self.chatkeep.start()
         for wait in starting:

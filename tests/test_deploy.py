@@ -24,7 +24,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 SETTINGS = {name.upper() for name in Settings.model_fields}
 RUNNING = ("api", "worker", "beat", "flower")
 OURS = ("secrets", "migrate", *RUNNING)
-STORES = ("postgres", "redis")
+STORES = ("postgres", "redis", "broker")
 FOR_COMPOSE = {"CHATKEEP_PORT", "CHATKEEP_FLOWER_PORT", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS"}
 
 
@@ -32,7 +32,7 @@ class TestCompose:
     def test_services_are_the_ones_that_the_contract_names(self) -> None:
         assert set(SERVICES) == {*OURS, *STORES}
         assert SERVICES["postgres"]["image"] == "postgres:18"
-        assert SERVICES["redis"]["image"] == "redis:8"
+        assert SERVICES["redis"]["image"] == SERVICES["broker"]["image"] == "redis:8"
         assert {SERVICES[name]["image"] for name in OURS} == {"chatkeep"}
 
     def test_one_service_builds_our_image_and_nobody_pulls_it(self) -> None:
@@ -66,6 +66,7 @@ class TestCompose:
         for name in RUNNING:
             assert SERVICES[name]["depends_on"] == {
                 "redis": {"condition": "service_healthy"},
+                "broker": {"condition": "service_healthy"},
                 "migrate": {"condition": "service_completed_successfully"},
             }
 
@@ -105,6 +106,17 @@ class TestCompose:
             "--hide-user-data-from-log": "yes",
             "--slowlog-log-slower-than": "-1",
         }
+
+    def test_broker_keeps_nothing_and_has_a_password_of_its_own(self) -> None:
+        program, config, *options = SERVICES["broker"]["command"]
+        assert (program, config) == ("redis-server", "/run/secrets/redis.conf")
+        assert dict(zip(options[::2], options[1::2], strict=True)) == {
+            "--appendonly": "no",
+            "--save": "",
+            "--maxmemory-policy": "noeviction",
+        }
+        assert SERVICES["broker"]["volumes"] == ["broker-secrets:/run/secrets:ro"]
+        assert "/data" in SERVICES["broker"]["tmpfs"]
 
     def test_postgres_writes_no_statement_and_no_row_into_its_log(self) -> None:
         assert SERVICES["postgres"]["command"] == ["postgres", "-c", "log_min_error_statement=panic", "-c", "log_error_verbosity=terse"]
@@ -148,8 +160,9 @@ class TestSecrets:
             "POSTGRES_DB": "chatkeep",
             "POSTGRES_PASSWORD_FILE": "/run/secrets/password",
         }
-        assert "environment" not in SERVICES["redis"]
-        assert "requirepass" not in " ".join(SERVICES["redis"]["command"])
+        for name in ("redis", "broker"):
+            assert "environment" not in SERVICES[name]
+            assert "requirepass" not in " ".join(SERVICES[name]["command"])
 
     def test_each_service_sees_only_its_own_and_only_one_may_write(self) -> None:
         seen = {name: {v for v in service["volumes"] if "secrets" in v} for name, service in SERVICES.items()}
@@ -157,19 +170,22 @@ class TestSecrets:
             "app-secrets:/secrets/app",
             "postgres-secrets:/secrets/postgres",
             "redis-secrets:/secrets/redis",
+            "broker-secrets:/secrets/broker",
         }
         assert seen.pop("postgres") == {"postgres-secrets:/run/secrets:ro"}
         assert seen.pop("redis") == {"redis-secrets:/run/secrets:ro"}
+        assert seen.pop("broker") == {"broker-secrets:/run/secrets:ro"}
         assert set(map(frozenset, seen.values())) == {frozenset({"app-secrets:/secrets/app:ro"})}
 
     def test_secrets_are_drawn_once_and_are_others_in_another_installation(self, tmp_path: Path) -> None:
         first = _draw_secrets(tmp_path / "first")
         assert _draw_secrets(tmp_path / "first") == first
         second = _draw_secrets(tmp_path / "second")
-        assert set(first) == set(second) == {"postgres/password", "redis/redis.conf", "app/jwt-secret", "app/flower-password", "app/env"}
+        stores = {"postgres/password", "redis/redis.conf", "broker/redis.conf"}
+        assert set(first) == set(second) == {*stores, "app/jwt-secret", "app/flower-password", "app/env"}
         assert all(first[name] != second[name] for name in first)
         drawn = [first[name].split()[-1] for name in first if name != "app/env"]
-        assert len(set(drawn)) == 4
+        assert len(set(drawn)) == 5
         assert all(len(secret) >= 48 for secret in drawn)
 
     def test_only_what_is_missing_is_drawn(self, tmp_path: Path) -> None:
@@ -191,6 +207,7 @@ class TestSecrets:
         password = drawn["postgres/password"].strip()
         assert settings.database_url.get_secret_value() == f"postgresql://chatkeep:{password}@postgres:5432/chatkeep"
         assert settings.redis_url.get_secret_value() == "redis://elsewhere"
+        assert settings.broker_url == f"redis://:{drawn['broker/redis.conf'].split()[-1]}@broker:6379/0"
         assert settings.jwt_secret.get_secret_value() == drawn["app/jwt-secret"].strip()
 
 
@@ -263,7 +280,7 @@ def _env_example() -> list[tuple[str, str]]:
 
 def _draw_secrets(root: Path) -> dict[str, str]:
     """Runs the script of the service `secrets` on volumes below `root`; answers with every finished file."""
-    for volume in ("app", "postgres", "redis"):
+    for volume in ("app", "postgres", "redis", "broker"):
         (root / volume).mkdir(parents=True, exist_ok=True)
     python, option, script = SERVICES["secrets"]["command"]
     assert (python, option) == ("python", "-c")

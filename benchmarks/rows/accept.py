@@ -8,7 +8,6 @@ from benchmarks.chatkeep import System
 from benchmarks.figures import Figure, at_least, at_most, median, ratios
 from benchmarks.proxy import Proxy
 from benchmarks.stand import Accepted, Stand, rotated
-from worker.embedded import EmbeddedValkey
 
 MANY = 16
 FAR = "best direct, far"
@@ -121,18 +120,14 @@ def appends_keyed(stand: Stand) -> list[Figure]:
 
 def broker_apart(stand: Stand) -> list[Figure]:
     """broker: Celery on a second Valkey that keeps nothing on disk, against one Valkey for everything."""
-    broker = EmbeddedValkey(stand.home / "broker", settings={"appendonly": "no"})
     rates: dict[str, list[float]] = defaultdict(list)
     tails: dict[str, list[float]] = defaultdict(list)
-    with broker:
-        for _ in range(stand.plan.few_rounds):
-            for name, url in (("one Valkey", None), ("two Valkeys", broker.url)):
-                stand.chatkeep.restart(broker_url=url)
-                served = stand.append(stand.chatkeep.system, MANY, stand.plan.seconds).served
-                rates[name].append(served.rate)
-                tails[name].append(served.p99)
-        stand.chatkeep.restart()
-    broker.destroy()
+    for _ in range(stand.plan.few_rounds):
+        for name, server in (("one Valkey", stand.valkey), ("two Valkeys", stand.broker)):
+            stand.chatkeep.restart(broker_url=server.url)
+            served = stand.append(stand.chatkeep.system, MANY, stand.plan.seconds).served
+            rates[name].append(served.rate)
+            tails[name].append(served.p99)
     raw = {f"{name}, /s": median(values) for name, values in rates.items()}
     raw |= {f"{name} p99, ms": median(values) for name, values in tails.items()}
     return [

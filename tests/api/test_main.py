@@ -158,7 +158,8 @@ def test_kill_9_of_any_process_and_of_all_loses_nothing(home: Path, launch: Call
     login = run.flower_login()
     with run.api() as api:
         conversation = talk(api, "bob@example.org", "before")
-        for victim in ("uvicorn", "worker.app worker", "worker.app beat", "worker.app flower", "valkey-server", "postgres -D"):
+        servers = (f"valkey-server {home}/valkey/", f"valkey-server {home}/broker/", "postgres -D")
+        for victim in ("uvicorn", "worker.app worker", "worker.app beat", "worker.app flower", *servers):
             old = only(home, victim)
             old.kill()
             until(lambda victim=victim, old=old: only(home, victim) not in (None, old), 30)

@@ -23,7 +23,7 @@ from redis.retry import Retry
 
 from tests import schema
 from worker import embedded
-from worker.embedded import EmbeddedPostgres, EmbeddedValkey
+from worker.embedded import EmbeddedBroker, EmbeddedPostgres, EmbeddedValkey
 from worker.errors import ConfigurationError
 
 Server = EmbeddedPostgres | EmbeddedValkey
@@ -295,6 +295,17 @@ class TestValkey:
         server.stop()
         server.start()
         assert kept(server) == ["one"]
+
+    def test_brokers_one_keeps_nothing(self, home: Path, servers: list[Server]) -> None:
+        servers.append(server := EmbeddedBroker(home))
+        server.start()
+        with client(server) as valkey:
+            assert [valkey.config_get(name)[name] for name in ("appendonly", "save", "maxmemory-policy")] == ["no", "", "noeviction"]
+        keep(server, "one")
+        server.stop()
+        server.start()
+        assert kept(server) == []
+        assert {path.name for path in home.iterdir()} == {"broker"}
 
 
 OWNER = """
