@@ -33,7 +33,7 @@ ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 # (docker-compose.yml has them made); the environment overrides them.
 RUN groupadd --gid 10001 chatkeep \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin chatkeep \
-    && install -d -o chatkeep -g chatkeep /secrets /secrets/app /secrets/postgres /secrets/redis
+    && install -d -o chatkeep -g chatkeep /secrets /secrets/app /secrets/postgres /secrets/redis /secrets/broker
 COPY --from=build /venv /venv
 COPY --from=build /app /app
 RUN ln -s /secrets/app/env /app/.env

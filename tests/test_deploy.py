@@ -177,6 +177,11 @@ class TestSecrets:
         assert seen.pop("broker") == {"broker-secrets:/run/secrets:ro"}
         assert set(map(frozenset, seen.values())) == {frozenset({"app-secrets:/secrets/app:ro"})}
 
+    def test_image_has_the_directories_that_secrets_are_drawn_into(self) -> None:
+        """A new volume takes over the owner of the directory that it is mounted on; without one it would be root's."""
+        [made] = re.findall(r"install -d .*?((?: /secrets\S*)+)", DOCKERFILE)
+        assert set(made.split()) == {"/secrets", *(volume.split(":")[1] for volume in SERVICES["secrets"]["volumes"])}
+
     def test_secrets_are_drawn_once_and_are_others_in_another_installation(self, tmp_path: Path) -> None:
         first = _draw_secrets(tmp_path / "first")
         assert _draw_secrets(tmp_path / "first") == first
