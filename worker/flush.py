@@ -29,9 +29,10 @@ from worker.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-FLUSH_LOOP_SECONDS = 0.5
-"""A flush that still finds full batches goes on for this long, then it lets other shards have the process: with one process, that is how
-long each shard with a backlog keeps the others waiting. The task that it sends for itself costs 3 ms."""
+FLUSH_LOOP_SECONDS = 0.2
+"""A flush that still finds full batches goes on for this long, then it lets other shards have the process: with one process, that (and a
+batch) is how long each shard with a backlog keeps the others waiting: 0.7 s at p99, and 1.2 s with 0.5. The task that it sends for itself
+costs 3 ms."""
 BATCH_BYTES_MAX = 32 << 20
 """A batch ends here even if it has fewer entries: it passes through this process's memory, and Postgres's, several times."""
 BESIDE_ENTRIES = 500
