@@ -95,9 +95,7 @@ class TestCompose:
         assert re.search(r"celery (--quiet )?-A worker\.app flower\b.* --read-only\b", commands["flower"])
 
     def test_redis_keeps_what_it_acknowledges_and_has_its_password_from_a_file(self) -> None:
-        program, config, *options = SERVICES["redis"]["command"]
-        assert (program, config) == ("redis-server", "/run/secrets/redis.conf")
-        assert dict(zip(options[::2], options[1::2], strict=True)) == {
+        assert _redis_options("redis") == {
             "--appendonly": "yes",
             "--appendfsync": "always",
             "--no-appendfsync-on-rewrite": "no",
@@ -108,13 +106,7 @@ class TestCompose:
         }
 
     def test_broker_keeps_nothing_and_has_a_password_of_its_own(self) -> None:
-        program, config, *options = SERVICES["broker"]["command"]
-        assert (program, config) == ("redis-server", "/run/secrets/redis.conf")
-        assert dict(zip(options[::2], options[1::2], strict=True)) == {
-            "--appendonly": "no",
-            "--save": "",
-            "--maxmemory-policy": "noeviction",
-        }
+        assert _redis_options("broker") == {"--appendonly": "no", "--save": "", "--maxmemory-policy": "noeviction"}
         assert SERVICES["broker"]["volumes"] == ["broker-secrets:/run/secrets:ro"]
         assert "/data" in SERVICES["broker"]["tmpfs"]
 
@@ -298,3 +290,9 @@ def _draw_secrets(root: Path) -> dict[str, str]:
 def _seconds(duration: str) -> int:
     assert duration.endswith("s")
     return int(duration.removesuffix("s"))
+
+
+def _redis_options(service: str) -> dict[str, str]:
+    program, config, *options = SERVICES[service]["command"]
+    assert (program, config) == ("redis-server", "/run/secrets/redis.conf")
+    return dict(zip(options[::2], options[1::2], strict=True))

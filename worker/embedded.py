@@ -430,6 +430,7 @@ class EmbeddedValkey(_EmbeddedServer):
     name = "valkey"
     label = "Valkey"
     stop_signal = signal.SIGTERM
+    appendonly = "yes"
 
     @property
     def url(self) -> str:
@@ -447,7 +448,7 @@ class EmbeddedValkey(_EmbeddedServer):
             "protected-mode": "yes",
             "requirepass": self._password,
             "dir": _quoted(self._home / "data"),
-            "appendonly": "yes",
+            "appendonly": self.appendonly,
             "appendfsync": "always",
             "no-appendfsync-on-rewrite": "no",
             "save": "",
@@ -488,15 +489,12 @@ class EmbeddedValkey(_EmbeddedServer):
 class EmbeddedBroker(EmbeddedValkey):
     """Celery's broker: a Valkey that keeps nothing on the disk.
 
-    What Celery writes may be lost, and in the log's server it was fsynced like a message, ten times for each flush, while appends waited.
+    What Celery writes may be lost, and in the log's server it was fsynced like a message, several times a flush, while appends waited.
     """
 
     name = "broker"
     label = "Valkey for Celery"
-
-    def _command(self) -> list[str]:
-        self._settings |= {"appendonly": "no"}
-        return super()._command()
+    appendonly = "no"
 
 
 _EMPTY = '""'
