@@ -168,20 +168,10 @@ class PendingLog:
         """
         shard = self._shard(user_id, conversation_id)
         body = message_body(conversation_id, user_id, role, content, status)
-        script_keys = [
-            *self._log_keys(shard),
-            *self._conversation_keys(shard, conversation_id),
-            keys.changed(shard, user_id),
-            keys.committed(shard),
-            keys.turn(shard, conversation_id),
-            keys.events(shard, user_id),
-            keys.users(shard),
-            keys.messages_of_minute(shard, user_id),
-        ]
+        script_keys = self._append_keys(shard, user_id, conversation_id)
         digest = request_hash(role, status, content) if key else ""
         title = auto_title(content) if role == "user" else ""
         asked = ""
-
         until = asyncio.get_running_loop().time() + ANSWER_WITHIN_SECONDS
 
         def ask() -> Awaitable[Any]:
@@ -527,6 +517,19 @@ class PendingLog:
             keys.conversation(shard, conversation_id),
             keys.messages(shard, conversation_id),
             keys.retry_keys(shard, conversation_id),
+        ]
+
+    @classmethod
+    def _append_keys(cls, shard: int, user_id: int, conversation_id: int) -> list[str]:
+        return [
+            *cls._log_keys(shard),
+            *cls._conversation_keys(shard, conversation_id),
+            keys.changed(shard, user_id),
+            keys.committed(shard),
+            keys.turn(shard, conversation_id),
+            keys.events(shard, user_id),
+            keys.users(shard),
+            keys.messages_of_minute(shard, user_id),
         ]
 
     def _woken(self, shard: int, asked: int) -> None:
