@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -739,17 +740,13 @@ def _trim_call(trim: Trim, ttl_seconds: int, messages_kept: int) -> tuple[list[s
             keys.created_keys(shard, user_id),
             keys.events(shard, user_id),
         ]
-    arguments: list[Argument] = [
-        ttl_seconds,
-        ttl_seconds + EXTRA_TTL_SECONDS,
-        messages_kept,
-        trim.committed,
-        len(entries),
-        len(conversations),
-    ]
+    sizes: defaultdict[bytes, int] = defaultdict(int)
+    for entry in entries:
+        sizes[entry.fields.get(b"u", b"")] += entry.size
+    arguments: list[Argument] = [ttl_seconds, ttl_seconds + EXTRA_TTL_SECONDS, messages_kept, trim.committed]
+    arguments += [len(entries), len(sizes), len(conversations)]
     arguments += [entry.id for entry in entries]
-    arguments += [entry.size for entry in entries]
-    arguments += [entry.fields.get(b"u", b"") for entry in entries]
+    arguments += [*sizes, *sizes.values()]
     arguments += [conversation_id for conversation_id, _ in conversations]
     for gone in trim.withdrawn:
         arguments += [position[gone.conversation_id], gone.message_id, gone.key]

@@ -92,9 +92,11 @@ MUTANTS = (
         (
             Edit(
                 "worker/lua/trim.lua",
-                "  if redis.call('XDEL', KEYS[1], ARGV[at + i]) == 1 then",
-                "  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]\n"
-                "  if first and redis.call('XDEL', KEYS[1], first[1]) == 1 then",
+                "if redis.call('XRANGE', KEYS[1], ARGV[at + 1], ARGV[at + 1])[1] then\n"
+                "  redis.call('XDEL', KEYS[1], unpack(ARGV, at + 1, at + entries))\n",
+                "if true then\n"
+                "  local oldest = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', entries)\n"
+                "  for _, one in ipairs(oldest) do redis.call('XDEL', KEYS[1], one[1]) end\n",
             ),
         ),
     ),

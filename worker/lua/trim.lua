@@ -1,22 +1,35 @@
 -- Removes exactly these entries from the log, after the commit that made them safe. Safe to run twice, and late.
+-- Whoever trims begins with the first entry of the log and goes on in order. So if the first of these is there, all are, and they go in one
+-- call, with the sums that the caller made; if it is not, somebody else was here, and each is looked at. (One by one took 2 µs for each.)
 -- KEYS 1 log  2 committed  3 bytes  4 wake  5 users, then for each conversation: conversation, messages, retry keys, load lease, changed, created keys,
 --      events
 -- ARGV 1 ttl (s)  2 ttl of what hangs on a conversation (s)  3 committed messages to keep  4 the highest id among the entries, or 0
---      5 number of entries  6 number of conversations (those whose last entry is among these), then whole entry ids, entry sizes, their users,
---      conversation ids; then triples: position of the conversation, id of a message that must leave the cache, its retry key
+--      5 number of entries  6 number of users  7 number of conversations (those whose last entry is among these), then whole entry ids; users;
+--      the bytes of each; conversation ids; then triples: position of the conversation, id of a message that must leave the cache, its retry key
 -- Answers {entries left, 1 if somebody already asked for the next flush}.
 local ttl, ttl_rest, keep = ARGV[1], ARGV[2], tonumber(ARGV[3])
-local entries, conversations, at = tonumber(ARGV[5]), tonumber(ARGV[6]), 6
+local entries, users, conversations, at = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), 7
 
 local freed, freed_of = 0, {}
-for i = 1, entries do
-  if redis.call('XDEL', KEYS[1], ARGV[at + i]) == 1 then
-    local size, user = tonumber(ARGV[at + entries + i]), ARGV[at + 2 * entries + i]
-    freed = freed + size
-    freed_of[user] = (freed_of[user] or 0) + size
+local function free(user, size)
+  freed = freed + size
+  freed_of[user] = (freed_of[user] or 0) + size
+end
+if redis.call('XRANGE', KEYS[1], ARGV[at + 1], ARGV[at + 1])[1] then
+  redis.call('XDEL', KEYS[1], unpack(ARGV, at + 1, at + entries))
+  for i = at + entries + 1, at + entries + users do free(ARGV[i], tonumber(ARGV[i + users])) end
+else
+  for i = at + 1, at + entries do
+    local found = redis.call('XRANGE', KEYS[1], ARGV[i], ARGV[i])[1]
+    if found then
+      redis.call('XDEL', KEYS[1], ARGV[i])
+      local field = {}
+      for j = 1, #found[2], 2 do field[found[2][j]] = found[2][j + 1] end
+      free(field.u or '', entry_size(field.b or '', field.x or '', field.a or ''))
+    end
   end
 end
-at = at + 3 * entries
+at = at + entries + 2 * users
 local left = redis.call('XLEN', KEYS[1])
 if left == 0 then
   redis.call('SET', KEYS[3], '0')  -- what somebody planted in the log was never counted
