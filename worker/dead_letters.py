@@ -21,7 +21,7 @@ from worker.codec import decode_entry
 from worker.database import raw_cursor, transaction
 from worker.errors import BadEntry, ChatkeepError
 from worker.pending import RawEntry
-from worker.persist import persist_batch, try_lock, unreadable
+from worker.persist import decode_batch, persist_batch, try_lock, unreadable
 from worker.redis import connect_sync
 from worker.scripts import run
 from worker.settings import get_settings
@@ -99,7 +99,7 @@ def replay_one(letter: int) -> str | None:
         entry = RawEntry(row.entry_id.encode(), unreadable(row.entry))
         if not try_lock(cursor, [row.shard]):
             return "its shard is being flushed; try again"
-        persisted = persist_batch(cursor, settings.shards, {row.shard: [entry]})
+        persisted = persist_batch(cursor, settings.shards, decode_batch({row.shard: [entry]}))
         if persisted.dead:
             return "refused again, see `show`"
         connection.execute(text("UPDATE dead_letter SET replayed_at = now() WHERE id = :id"), {"id": letter})

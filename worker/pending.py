@@ -686,7 +686,8 @@ def fetch(client: Redis, shards: Sequence[int], entries_max: int, bytes_max: int
         going = dict(list(full.items())[: entries_max - total])
         if going:
             average = size // total  # a page of the largest messages would take 300 MB
-            count = max(1, min(_FETCH_PAGE, entries_max - total, (bytes_max - size) // average + 1) // len(going))
+            soon = 10 * total  # not the whole at once: Postgres has nothing to do before the first of it comes
+            count = max(1, min(_FETCH_PAGE, soon, entries_max - total, (bytes_max - size) // average + 1) // len(going))
 
 
 def _pages(client: Redis, starts: Mapping[int, str], count: int) -> list[list[tuple[bytes, dict[bytes, bytes]]]]:

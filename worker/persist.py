@@ -9,31 +9,35 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from io import BytesIO
+from typing import Any, NamedTuple
 
 import psycopg2
 from psycopg2.extensions import cursor as Cursor
 from psycopg2.extras import execute_values
 
 from worker import crashpoints, keys
-from worker.codec import Entry, decode_entry, rfc3339, to_datetime
+from worker.codec import Entry, decode_entry, to_datetime
 from worker.errors import BadEntry
 from worker.loading import SHARD_LOCK
 from worker.pending import RawEntry, Withdrawn
 
-_COLUMNS = "id, conversation_id, user_id, role, content, created_at, status, idempotency_key"
 _STAGE = """
 CREATE TEMP TABLE IF NOT EXISTS stage (
-    id bigint, conversation_id bigint, user_id bigint, role text, content text, created_at timestamptz, status text, idempotency_key text
+    id bigint, conversation_id bigint, user_id bigint, role text, content text, microseconds bigint, status text, idempotency_key text
 ) ON COMMIT DROP;
 TRUNCATE stage
 """
+_INSERT = """
+INSERT INTO message (id, conversation_id, user_id, role, content, status, idempotency_key, created_at)
+SELECT id, conversation_id, user_id, role, content, status, idempotency_key, timestamptz 'epoch' + microseconds * interval '1 microsecond'
+FROM"""
 _STRAIGHT = f"""
-INSERT INTO message ({_COLUMNS})
-SELECT * FROM unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[], %s::timestamptz[], %s::text[], %s::text[])
+{_INSERT} unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[], %s::bigint[], %s::text[], %s::text[])
+AS s (id, conversation_id, user_id, role, content, microseconds, status, idempotency_key)
 ON CONFLICT DO NOTHING
 """
 STRAIGHT_MAX, STRAIGHT_CHARS_MAX = 300, 1 << 20
@@ -80,6 +84,14 @@ class _Change:
     given_title: str | None = None
 
 
+class _Row(NamedTuple):
+    """An entry that Postgres may take; `line` is what COPY reads of a message, or '' if that is still to be made."""
+
+    raw: RawEntry
+    entry: Entry
+    line: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class _Dead:
     """An entry that Postgres cannot take; `reason` and `error` name no content."""
@@ -88,6 +100,16 @@ class _Dead:
     entry: RawEntry
     reason: str
     error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A batch as it is to be written."""
+
+    rows: list[_Row]
+    dead: list[_Dead]
+    last_ids: dict[int, int]
+    """For each shard, the highest id that an append has given."""
 
 
 def try_lock(cursor: Cursor, shards: Sequence[int]) -> list[int]:
@@ -100,12 +122,12 @@ def try_lock(cursor: Cursor, shards: Sequence[int]) -> list[int]:
     return [number for (number,) in cursor.fetchall()]
 
 
-def persist_batch(cursor: Cursor, shards: int, batches: Mapping[int, Sequence[RawEntry]]) -> Persisted:
-    """Writes what each shard's log holds, in its order; the caller commits. Raises psycopg2's errors for anything but bad rows."""
-    done = Persisted()
-    decoded: list[tuple[RawEntry, Entry]] = []
+def decode_batch(batches: Mapping[int, Sequence[RawEntry]]) -> Decoded:
+    """All that can be done without Postgres, so that it can be done while Postgres is busy with the part before."""
+    rows: list[_Row] = []
     dead: list[_Dead] = []
     last_ids: dict[int, int] = {}
+    stage = sum(map(len, batches.values())) > STRAIGHT_MAX
     for shard, batch in batches.items():
         for raw in batch:
             try:
@@ -114,21 +136,26 @@ def persist_batch(cursor: Cursor, shards: int, batches: Mapping[int, Sequence[Ra
                 dead.append(_Dead(shard, raw, "malformed", type(exc.__cause__).__name__ if exc.__cause__ else ""))
             else:
                 if keys.shard_of_id(entry.id) == shard:
-                    decoded.append((raw, entry))
+                    rows.append(_Row(raw, entry, _line(entry) if stage else ""))
                     last_ids[shard] = entry.id
                 else:
                     dead.append(_Dead(shard, raw, "other_shard"))
-    done.planted = {(one.shard, one.entry.id) for one in dead}
-    dead += _apply_or_halve(cursor, decoded, done)
+    return Decoded(rows, dead, last_ids)
+
+
+def persist_batch(cursor: Cursor, shards: int, batch: Decoded) -> Persisted:
+    """Writes what each shard's log held, in its order; the caller commits. Raises psycopg2's errors for anything but bad rows."""
+    done = Persisted(planted={(one.shard, one.entry.id) for one in batch.dead})
+    dead = batch.dead + _apply_or_halve(cursor, batch.rows, done)
     _bury(cursor, dead)
     done.dead = len(dead)
-    if last_ids:
+    if batch.last_ids:
         execute_values(
             cursor,
             "INSERT INTO shard (number, shards, last_id) VALUES %s "
             "ON CONFLICT (number) DO UPDATE SET last_id = GREATEST(shard.last_id, EXCLUDED.last_id)",
-            [(shard, shards, last_id) for shard, last_id in sorted(last_ids.items())],
-            page_size=len(last_ids),
+            [(shard, shards, last_id) for shard, last_id in sorted(batch.last_ids.items())],
+            page_size=len(batch.last_ids),
         )
     return done
 
@@ -138,34 +165,34 @@ def _shard(entry: Entry) -> int:
     return keys.shard_of_id(entry.id)
 
 
-def _apply_or_halve(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Persisted) -> list[_Dead]:
-    if not entries:
+def _apply_or_halve(cursor: Cursor, rows: Sequence[_Row], done: Persisted) -> list[_Dead]:
+    if not rows:
         return []
     cursor.execute("SAVEPOINT part")
     try:
         part = Persisted()
-        dead = _apply(cursor, entries, part)
+        dead = _apply(cursor, rows, part)
     except (psycopg2.DataError, psycopg2.IntegrityError, OverflowError, ValueError) as exc:  # the last two: psycopg2 cannot write the value
         cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
-        if len(entries) == 1:
-            [(raw, entry)] = entries
+        if len(rows) == 1:
+            [(raw, entry, _)] = rows
             before = done.conversations.get(entry.conversation_id)
             done.conversations[entry.conversation_id] = Touched(before.user_id if before else entry.user_id, raw)
             return [_Dead(_shard(entry), raw, "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
-        middle = len(entries) // 2
-        return _apply_or_halve(cursor, entries[:middle], done) + _apply_or_halve(cursor, entries[middle:], done)
+        middle = len(rows) // 2
+        return _apply_or_halve(cursor, rows[:middle], done) + _apply_or_halve(cursor, rows[middle:], done)
     cursor.execute("RELEASE SAVEPOINT part")
     done.add(part)
     return dead
 
 
-def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Persisted) -> list[_Dead]:
+def _apply(cursor: Cursor, rows: Sequence[_Row], done: Persisted) -> list[_Dead]:
     """Conversations before messages; of a conversation that is deleted, nothing comes back."""
-    _insert_conversations(cursor, [entry for _, entry in entries if entry.kind == "c"])
+    _insert_conversations(cursor, [row.entry for row in rows if row.entry.kind == "c"])
     crashpoints.visit("flush:half_written")
     cursor.execute(
         "SELECT id, user_id, deleted_at IS NOT NULL FROM conversation WHERE id = ANY(%s)",
-        (list({entry.conversation_id for _, entry in entries}),),
+        (list({row.entry.conversation_id for row in rows}),),
     )
     owners: dict[int, int] = {}
     gone: set[int] = set()
@@ -174,20 +201,21 @@ def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Pers
         if deleted:
             gone.add(number)
     dead: list[_Dead] = []
-    messages: dict[int, tuple[RawEntry, Entry]] = {}
+    messages: dict[int, _Row] = {}
     changes: defaultdict[int, _Change] = defaultdict(_Change)
-    last: dict[int, tuple[RawEntry, Entry]] = {}
+    last: dict[int, _Row] = {}
     deletions: dict[int, datetime] = {}
-    for raw, entry in entries:
+    for row in rows:
+        raw, entry, _ = row
         number = entry.conversation_id
-        last[number] = raw, entry
+        last[number] = row
         if owners.get(number) != entry.user_id:
             dead.append(_Dead(_shard(entry), raw, "no_conversation"))
             continue
         if number in gone:
             continue
         if entry.kind == "m":
-            messages[entry.id] = raw, entry
+            messages[entry.id] = row
             change = changes[number]
             if entry.microseconds > change.activity:
                 change.activity = entry.microseconds
@@ -197,9 +225,9 @@ def _apply(cursor: Cursor, entries: Sequence[tuple[RawEntry, Entry]], done: Pers
             changes[number].title = entry.title
         elif entry.kind == "d":
             deletions[number] = to_datetime(entry.microseconds)
-    done.conversations = {number: Touched(owners.get(number, entry.user_id), raw) for number, (raw, entry) in last.items()}
+    done.conversations = {number: Touched(owners.get(number, entry.user_id), raw) for number, (raw, entry, _) in last.items()}
     if deletions:
-        messages = {number: pair for number, pair in messages.items() if pair[1].conversation_id not in deletions}
+        messages = {number: row for number, row in messages.items() if row.entry.conversation_id not in deletions}
     dead += _insert_messages(cursor, messages, done)
     _update_conversations(cursor, changes)
     _delete_conversations(cursor, deletions)
@@ -220,21 +248,21 @@ def _insert_conversations(cursor: Cursor, created: Sequence[Entry]) -> None:
         execute_values(cursor, statement.format("(id)"), [(*row[:5], None, None) for row in rows], page_size=len(rows))
 
 
-def _insert_messages(cursor: Cursor, messages: dict[int, tuple[RawEntry, Entry]], done: Persisted) -> list[_Dead]:
+def _insert_messages(cursor: Cursor, messages: dict[int, _Row], done: Persisted) -> list[_Dead]:
     if not messages:
         return []
-    entries = [entry for _, entry in messages.values()]
-    straight = len(entries) <= STRAIGHT_MAX and sum(len(entry.content) for entry in entries) <= STRAIGHT_CHARS_MAX
+    rows = list(messages.values())
+    straight = len(rows) <= STRAIGHT_MAX and sum(len(row.entry.content) for row in rows) <= STRAIGHT_CHARS_MAX
     if straight:
-        cursor.execute(_STRAIGHT, _columns(entries))
+        cursor.execute(_STRAIGHT, _columns(rows))
     else:
-        _stage(cursor, entries)
-        cursor.execute(f"INSERT INTO message ({_COLUMNS}) SELECT {_COLUMNS} FROM stage ON CONFLICT DO NOTHING")
+        _stage(cursor, rows)
+        cursor.execute(f"{_INSERT} stage ON CONFLICT DO NOTHING")
     done.messages = cursor.rowcount
-    if cursor.rowcount == len(entries):
+    if cursor.rowcount == len(rows):
         return []
     if straight:
-        _stage(cursor, entries)
+        _stage(cursor, rows)
     # Left out: told apart. The same again is a replay, and no row comes back for it.
     cursor.execute(
         """
@@ -247,7 +275,7 @@ def _insert_messages(cursor: Cursor, messages: dict[int, tuple[RawEntry, Entry]]
     )
     dead = []
     for number, same_id, key_id, same_request in cursor.fetchall():
-        raw, entry = messages[number]
+        raw, entry, _ = messages[number]
         if same_id:
             dead.append(_Dead(_shard(entry), raw, "id_conflict"))
         elif key_id is not None and not same_request:
@@ -312,42 +340,23 @@ def unreadable(entry: str) -> dict[bytes, bytes]:
     return {name.encode("latin-1"): value.encode(errors="surrogateescape") for name, value in fields.items()}
 
 
-def _columns(messages: Sequence[Entry]) -> list[list[Any]]:
-    rows = [(e.id, e.conversation_id, e.user_id, e.role, e.content, rfc3339(e.microseconds), e.status, e.key or None) for e in messages]
-    return [list(column) for column in zip(*rows, strict=True)]
+def _columns(rows: Sequence[_Row]) -> list[list[Any]]:
+    entries = [row.entry for row in rows]
+    values = [(e.id, e.conversation_id, e.user_id, e.role, e.content, e.microseconds, e.status, e.key or None) for e in entries]
+    return [list(column) for column in zip(*values, strict=True)]
 
 
-def _stage(cursor: Cursor, messages: Sequence[Entry]) -> None:
-    """Puts messages into a temporary table, alone."""
+def _stage(cursor: Cursor, rows: Sequence[_Row]) -> None:
+    """Puts messages into a temporary table, alone. In one piece: between two, this thread would wait for the one that decodes."""
     cursor.execute(_STAGE)
-    cursor.copy_expert(f"COPY stage ({_COLUMNS}) FROM STDIN", _CopyText(messages), size=_COPY_CHARS)
+    text = "".join([row.line or _line(row.entry) for row in rows]).encode()
+    cursor.copy_expert("COPY stage FROM STDIN", BytesIO(text), size=len(text))
 
 
-_COPY_CHARS = 1 << 16
-
-
-class _CopyText:
-    """A file for COPY whose text is made as it is read, so that Postgres takes one part in while the next is made."""
-
-    def __init__(self, messages: Iterable[Entry]) -> None:
-        self._messages = iter(messages)
-
-    def read(self, _: int) -> bytes:
-        """About `_COPY_CHARS` of it, whole lines."""
-        lines: list[str] = []
-        size = 0
-        for e in self._messages:
-            lines.append(
-                f"{e.id}\t{e.conversation_id}\t{e.user_id}\t{e.role}\t{_escape(e.content)}\t"
-                f"{rfc3339(e.microseconds)}\t{e.status}\t{_escape(e.key) if e.key else _NULL}\n"
-            )
-            size += len(lines[-1])
-            if size >= _COPY_CHARS:
-                break
-        return "".join(lines).encode()
-
-
-_NULL = "\\N"
+def _line(entry: Entry) -> str:
+    number, _, microseconds, conversation, user, key, _, role, content, status, _ = entry
+    key = _escape(key) if key else "\\N"
+    return f"{number}\t{conversation}\t{user}\t{role}\t{_escape(content)}\t{microseconds}\t{status}\t{key}\n"
 
 
 def _escape(value: str) -> str:

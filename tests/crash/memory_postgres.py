@@ -13,20 +13,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
 
 from psycopg2 import errors
 from sqlalchemy.exc import NoResultFound
 
-from worker.codec import HASH_SQL, request_hash
+from worker.codec import HASH_SQL, request_hash, to_datetime
 from worker.errors import PostgresUnavailable
 
 Row = dict[str, Any]
 Step = Callable[[str, Callable[[], Any], type[Exception]], Any]
 IDLE_SECONDS = 15.0
 
+_STAGED = ("id", "conversation_id", "user_id", "role", "content", "microseconds", "status", "idempotency_key")
+_INSERT = (
+    "INSERT INTO message (id, conversation_id, user_id, role, content, status, idempotency_key, created_at) "
+    "SELECT id, conversation_id, user_id, role, content, status, idempotency_key, "
+    "timestamptz 'epoch' + microseconds * interval '1 microsecond' FROM"
+)
 _KEYS = {"conversation": ("id",), "message": ("conversation_id", "id"), "dead_letter": ("shard", "entry_id"), "shard": ("number",)}
 _COLUMNS = {
     "conversation": ("id", "user_id", "title", "created_at", "updated_at", "deleted_at", "idempotency_key", "request_hash"),
@@ -221,15 +226,12 @@ class Cursor:
 
     def copy_expert(self, statement: str, file: IO[bytes], size: int) -> None:
         self._transaction.use()
-        found = re.match(r"COPY stage \((.*?)\) FROM STDIN$", statement)
-        assert found, statement
-        names = found[1].split(", ")
+        assert statement == "COPY stage FROM STDIN"
         text = b"".join(iter(lambda: file.read(size), b"")).decode()
         for line in text.split("\n")[:-1]:
             values = [None if value == "\\N" else _unescape(value) for value in line.split("\t")]
-            row: Row = dict(zip(names, values, strict=True))
-            row |= {name: int(row[name]) for name in ("id", "conversation_id", "user_id")}
-            self._transaction.stage.append(row | {"created_at": _moment(row["created_at"])})
+            row: Row = dict(zip(_STAGED, values, strict=True))
+            self._transaction.stage.append(row | {name: int(row[name]) for name in ("id", "conversation_id", "user_id", "microseconds")})
 
     def values(self, statement: str, rows: Sequence[Sequence[Any]], **_: Any) -> None:
         """In the place of psycopg2's `execute_values`."""
@@ -300,10 +302,8 @@ def _stage(one: Transaction, words: str, _: Any) -> None:
 
 
 def _insert_straight(one: Transaction, words: str, parameters: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """`INSERT INTO message (...) SELECT * FROM unnest(...)`."""
-    names = words[words.index("(") + 1 : words.index(")")].split(", ")
-    rows = [dict(zip(names, values, strict=True)) for values in zip(*parameters, strict=True)]
-    return _insert_messages(one, words, [row | {"created_at": _moment(row["created_at"])} for row in rows])
+    """`INSERT INTO message (...) SELECT ... FROM unnest(...)`."""
+    return _insert_messages(one, words, [dict(zip(_STAGED, values, strict=True)) for values in zip(*parameters, strict=True)])
 
 
 def _insert_staged(one: Transaction, words: str, _: Any) -> list[tuple[Any, ...]]:
@@ -326,7 +326,8 @@ def _insert_messages(one: Transaction, words: str, rows: Sequence[Row]) -> list[
             continue
         if "\0" in row["content"] or row["role"] not in ("user", "assistant") or row["status"] not in ("complete", "incomplete"):
             raise errors.DataError
-        one.put("message", row)
+        made = {name: row[name] for name in _STAGED if name != "microseconds"}
+        one.put("message", made | {"created_at": to_datetime(row["microseconds"])})
         there.add((row["conversation_id"], row["id"]))
         keys.add((row["conversation_id"], row["idempotency_key"]))
         inserted.append((row["id"],))
@@ -382,11 +383,8 @@ _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, 
     ("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part", _savepoint),
     ("RELEASE SAVEPOINT part", _savepoint),
     ("CREATE TEMP TABLE IF NOT EXISTS stage", _stage),
-    ("INSERT INTO message (id, conversation_id, user_id, role, content, created_at, status, idempotency_key) SELECT id,", _insert_staged),
-    (
-        "INSERT INTO message (id, conversation_id, user_id, role, content, created_at, status, idempotency_key) SELECT * FROM unnest(",
-        _insert_straight,
-    ),
+    (f"{_INSERT} stage", _insert_staged),
+    (f"{_INSERT} unnest(", _insert_straight),
     ("SELECT s.id, m.id IS NOT NULL, k.id,", _compare_staged),
     ("DELETE FROM message WHERE conversation_id = ANY(%s)", _delete_messages),
     ("INSERT INTO shard (number, shards, last_id) VALUES (:number, :shards, 0)", _note_first_shard),
@@ -560,7 +558,3 @@ def _squeezed(statement: str) -> str:
 
 def _unescape(value: str) -> str:
     return re.sub(r"\\(.)", lambda found: {"t": "\t", "n": "\n", "r": "\r"}.get(found[1], found[1]), value)
-
-
-def _moment(value: str) -> datetime:
-    return datetime.fromisoformat(value)

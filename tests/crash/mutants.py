@@ -116,8 +116,8 @@ MUTANTS = (
         "insert-not-repeatable",
         "R5: a batch that is written again is refused",
         (
-            Edit("worker/persist.py", "FROM stage ON CONFLICT DO NOTHING", "FROM stage"),
-            Edit("worker/persist.py", "::text[])\nON CONFLICT DO NOTHING\n", "::text[])\n"),
+            Edit("worker/persist.py", "} stage ON CONFLICT DO NOTHING", "} stage"),
+            Edit("worker/persist.py", "idempotency_key)\nON CONFLICT DO NOTHING\n", "idempotency_key)\n"),
         ),
     ),
     Mutant(

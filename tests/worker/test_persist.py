@@ -18,7 +18,7 @@ from worker import keys, pending
 from worker.codec import auto_title, conversation_body, decode_entry, message_body, request_hash
 from worker.flush import flush_shard
 from worker.pending import client_key, reply_key
-from worker.persist import persist_batch, readable, try_lock, unreadable
+from worker.persist import decode_batch, persist_batch, readable, try_lock, unreadable
 
 pytestmark = pytest.mark.anyio
 EMPTIED = True
@@ -37,7 +37,7 @@ def persist(redis, settings, shard, batch=None):
     with closing(psycopg2.connect(url, connect_timeout=10)) as connection, connection, connection.cursor() as cursor:
         assert try_lock(cursor, [shard])
         batch = core.fetched(redis, shard) if batch is None else batch
-        return batch, persist_batch(cursor, settings.shards, {shard: batch})
+        return batch, persist_batch(cursor, settings.shards, decode_batch({shard: batch}))
 
 
 class TestReplay:

@@ -44,7 +44,7 @@ from worker.embedded import EmbeddedPostgres
 from worker.errors import NotFound, PostgresUnavailable
 from worker.models import Table
 from worker.pending import PendingLog, RawEntry, client_key
-from worker.persist import persist_batch, try_lock
+from worker.persist import decode_batch, persist_batch, try_lock
 from worker.settings import Settings
 
 TABLES = ("user", "sign_in", "conversation", "message", "dead_letter", "shard")
@@ -186,7 +186,7 @@ class TestFlush:
     def _persist(settings: Settings, batch: Sequence[RawEntry], role: database.Role = "worker") -> tuple[int, int]:
         with transaction(seconds=20, role=role) as connection, raw_cursor(connection) as cursor:
             assert try_lock(cursor, [1])
-            persisted = persist_batch(cursor, settings.shards, {1: batch})
+            persisted = persist_batch(cursor, settings.shards, decode_batch({1: batch}))
         return persisted.messages, persisted.dead
 
 

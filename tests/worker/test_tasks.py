@@ -131,10 +131,10 @@ class TestFlush:
 
         persist = flush.persist_batch
 
-        def slow(cursor, shards, batches):
-            if sum(map(len, batches.values())) > 3:
+        def slow(cursor, shards, batch):
+            if len(batch.rows) > 3:
                 raise PostgresUnavailable()
-            return persist(cursor, shards, batches)
+            return persist(cursor, shards, batch)
 
         monkeypatch.setattr(flush, "persist_batch", slow)
         monkeypatch.setattr(settings, "flush_batch_max", 16)
