@@ -40,6 +40,13 @@ _STRAIGHT = f"""
 AS s (id, conversation_id, user_id, role, content, microseconds, status, idempotency_key)
 ON CONFLICT DO NOTHING
 """
+_UPDATE = """
+UPDATE conversation c
+SET updated_at = GREATEST(c.updated_at, timestamptz 'epoch' + v.activity * interval '1 microsecond'),
+    title = COALESCE(v.title, c.title, v.given)
+FROM unnest(%s::bigint[], %s::bigint[], %s::text[], %s::text[]) AS v (id, activity, title, given)
+WHERE c.id = v.id AND c.deleted_at IS NULL
+"""
 STRAIGHT_MAX, STRAIGHT_CHARS_MAX = 300, 1 << 20
 """Messages that one statement inserts without a stage. Making and dropping a table costs Postgres 3.5 ms, most of what a flush of ten
 takes; from some hundreds on, COPY into one is cheaper for a row. (COPY straight into `message` is not: row-level security refuses it.)"""
@@ -78,8 +85,8 @@ class Persisted:
 class _Change:
     """What a batch changes in a conversation's row. `given_title`: what its first message named it."""
 
-    activity: int = -1
-    """Unix microseconds; below 0: none."""
+    activity: int | None = None
+    """Unix microseconds; None if it has no message."""
     title: str | None = None
     given_title: str | None = None
 
@@ -217,7 +224,7 @@ def _apply(cursor: Cursor, rows: Sequence[_Row], done: Persisted) -> list[_Dead]
         if entry.kind == "m":
             messages[entry.id] = row
             change = changes[number]
-            if entry.microseconds > change.activity:
+            if change.activity is None or entry.microseconds > change.activity:
                 change.activity = entry.microseconds
             if entry.extra and not change.given_title:
                 change.given_title = entry.extra
@@ -290,17 +297,8 @@ def _update_conversations(cursor: Cursor, changes: dict[int, _Change]) -> None:
     """A title that a message gave never overwrites one, not even when its entry is replayed after a person has renamed."""
     if not changes:
         return
-    execute_values(
-        cursor,
-        "UPDATE conversation c SET updated_at = GREATEST(c.updated_at, v.updated_at), title = COALESCE(v.title, c.title, v.given) "
-        "FROM (VALUES %s) AS v (id, updated_at, title, given) WHERE c.id = v.id AND c.deleted_at IS NULL",
-        [
-            (number, to_datetime(change.activity) if change.activity >= 0 else None, change.title, change.given_title)
-            for number, change in sorted(changes.items())
-        ],
-        template="(%s, %s::timestamptz, %s::text, %s::text)",
-        page_size=len(changes),
-    )
+    rows = [(number, change.activity, change.title, change.given_title) for number, change in sorted(changes.items())]
+    cursor.execute(_UPDATE, [list(column) for column in zip(*rows, strict=True)])
 
 
 def _delete_conversations(cursor: Cursor, deletions: dict[int, datetime]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
 
@@ -376,6 +377,12 @@ def _note_shard(one: Transaction, words: str, values: Sequence[int]) -> None:
         one.put("shard", row | {"last_id": max(row["last_id"], last_id)})
 
 
+def _update_all(one: Transaction, words: str, parameters: Sequence[Sequence[Any]]) -> None:
+    names, change = _update(words)
+    for values in zip(*parameters, strict=True):
+        change(one, dict(zip(names, values, strict=True)))
+
+
 _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, ...]] | None]], ...] = (
     ("SELECT n FROM unnest(%s::int[]) AS n WHERE pg_try_advisory_xact_lock(", _try_lock),
     ("SELECT pg_advisory_xact_lock(", _lock),
@@ -386,6 +393,7 @@ _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, 
     (f"{_INSERT} stage", _insert_staged),
     (f"{_INSERT} unnest(", _insert_straight),
     ("SELECT s.id, m.id IS NOT NULL, k.id,", _compare_staged),
+    ("UPDATE conversation c SET updated_at = ", _update_all),
     ("DELETE FROM message WHERE conversation_id = ANY(%s)", _delete_messages),
     ("INSERT INTO shard (number, shards, last_id) VALUES (:number, :shards, 0)", _note_first_shard),
 )
@@ -426,8 +434,8 @@ def _insert(one: Transaction, table: str, row: Row, target: str | None, tolerant
 
 @lru_cache
 def _update(words: str) -> tuple[list[str], Callable[[Transaction, Row], int]]:
-    """`UPDATE conversation c SET ... FROM (VALUES ...) AS v (...) WHERE ...`: the names of the values, and what to do with each."""
-    found = re.match(r"UPDATE conversation c SET (.*) FROM \(VALUES %s\) AS v \((.*?)\) WHERE (.*)$", words)
+    """`UPDATE conversation c SET ... FROM ... AS v (...) WHERE ...`: the names of the values, and what to do with each."""
+    found = re.match(r"UPDATE conversation c SET (.*) FROM (?:\(VALUES %s\)|unnest\([^()]*\)) AS v \((.*?)\) WHERE (.*)$", words)
     assert found, f"the model does not know this statement: {words}"
     assignments = [part.split(" = ", 1) for part in _parts(found[1])]
     changes = {name: _compiled(f"lambda r, v: {_joined(value)}") for name, value in assignments}
@@ -444,6 +452,7 @@ def _update(words: str) -> tuple[list[str], Callable[[Transaction, Row], int]]:
 
 def _joined(part: str) -> str:
     """SQL as Python over a row of the table, `c`, and one of values, `v`."""
+    part = part.replace("timestamptz 'epoch' + v.activity * interval '1 microsecond'", "moment(v.activity)")
     part = part.replace(" IS NOT NULL", " is not None").replace(" IS NULL", " is None").replace(" = ", " == ").replace("NULL", "None")
     return re.sub(r"\bv\.(\w+)", r'v["\1"]', re.sub(r"\bc\.(\w+)", r'r["\1"]', part))
 
@@ -535,12 +544,16 @@ def _parts(columns: str) -> list[str]:
 
 
 def _compiled(source: str) -> Callable[..., Any]:
-    function: Callable[..., Any] = eval(source, {"hashed": _hashed, "GREATEST": _greatest, "COALESCE": _coalesce})
+    function: Callable[..., Any] = eval(source, {"hashed": _hashed, "GREATEST": _greatest, "COALESCE": _coalesce, "moment": _moment})
     return function
 
 
 def _greatest(*values: Any) -> Any:
     return max((value for value in values if value is not None), default=None)
+
+
+def _moment(microseconds: int | None) -> datetime | None:
+    return None if microseconds is None else to_datetime(microseconds)
 
 
 def _coalesce(*values: Any) -> Any:
