@@ -104,7 +104,7 @@ def assert_clean(redis: Redis, settings: Settings) -> None:
         kind = match[1] if match else name
         if kind == "c":
             assert redis.hget(name, "l") in (b"0", None), f"{name} is still pending"
-        if kind in ("c", "m", "k", "n", "mm", "cd", "load", "loadu", "turn", "wake"):
+        if kind in ("c", "m", "k", "n", "mm", "cd", "load", "loadu", "seed", "turn", "wake"):
             assert redis.pttl(name) != -1, f"{name} never expires"
         assert kind not in ("u", "users"), f"{name}: a user still has something pending"
 

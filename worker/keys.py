@@ -14,6 +14,7 @@ Per shard, never expiring:
 | `ck:{s07}:turns` | hash | the replies that have begun and not ended: `<conversation>:<user>` → token |
 | `ck:{s07}:users` | hash | bytes of the log for each user, for a fair share of it |
 | `ck:{s07}:wake` | string | a flush was asked for and has not begun; a lease, so that a lost task is asked for again |
+| `ck:{s07}:seed` | string | the token of whoever asks Postgres where the clock stood, for 2.5 s; a wipe takes it along, a seed ends it |
 
 Per conversation, without expiry while its field `l` is not 0 (pending), else expiring `CACHE_TTL_SECONDS` after the last use:
 
@@ -106,6 +107,10 @@ def log(shard: int) -> str:
 
 def clock(shard: int) -> str:
     return f"ck:{{s{shard:02d}}}:clock"
+
+
+def seeding(shard: int) -> str:
+    return f"ck:{{s{shard:02d}}}:seed"
 
 
 def committed(shard: int) -> str:

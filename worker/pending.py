@@ -10,6 +10,7 @@ Who does what, and what a crash leaves:
   between commit and trim leaves entries that the next flush inserts again, to no effect, and trims.
 - A conversation that Redis does not know is loaded from Postgres under a lease. While any of it is pending none of its keys expires, so
   an unknown conversation has nothing pending.
+- What is read from Postgres is installed only if a token is still in Redis that was put there before: an emptied Redis has none.
 
 The keys are described in `worker/keys.py`. Raw answers of Redis do not leave this file.
 """
@@ -69,7 +70,7 @@ WAKE_LEASE_MS = 3000
 """How long a flush that was asked for may stay away before the next append or sweep asks again (its task may be lost)."""
 TURN_LEASE_MS = 15_000
 LOAD_LEASE_MS = 2500
-"""Longer than a load may take (`postgres_timeout_seconds`): a loader that is later than this finds its lease gone."""
+"""Longer than a load (or a seed) may take (`postgres_timeout_seconds`): a loader that is later than this finds its lease gone."""
 ANSWER_WITHIN_SECONDS = 1.9
 """Whatever cannot be answered in 2 s is refused."""
 EXTRA_TTL_SECONDS = 60
@@ -414,9 +415,13 @@ class PendingLog:
             raise RuntimeError(f"a script answered {answer!r}")
 
     async def _seed(self, shard: int) -> None:
+        """Gives a shard its clock back. If it comes too late it does nothing: whoever needs the clock looks again."""
+        token = await self._scripts.run("seed_begin", [keys.seeding(shard)], [secrets.token_hex(8), LOAD_LEASE_MS])
         highest = await self.threads.run(partial(loading.highest_id, shard, self._settings.shards, self._seconds))
-        await self._scripts.run("seed", [keys.clock(shard), keys.committed(shard), keys.log(shard)], [highest, CLOCK_AHEAD_MS])
-        log.warning("shard clock seeded", shard=shard, highest_id=highest)
+        script_keys = [keys.clock(shard), keys.committed(shard), keys.log(shard), keys.seeding(shard)]
+        answer = await self._scripts.run("seed", script_keys, [token, highest, CLOCK_AHEAD_MS])
+        if answer[0] == b"OK":
+            log.warning("shard clock seeded", shard=shard, highest_id=highest)
 
     async def _load(self, shard: int, user_id: int, conversation_id: int) -> None:
         """Installs a conversation from Postgres, or waits a little for whoever is at it; raises `NotFound` if this user has none such."""

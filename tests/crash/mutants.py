@@ -180,7 +180,12 @@ MUTANTS = (
     Mutant(
         "numbering-restarted",
         "R11: after a wipe the numbering begins anew",
-        (Edit("worker/lua/seed.lua", "local highest = tonumber(ARGV[1])", "local highest = 0"),),
+        (Edit("worker/lua/seed.lua", "local highest = tonumber(ARGV[2])", "local highest = 0"),),
+    ),
+    Mutant(
+        "seed-late",
+        "R11: the numbering begins where Postgres stood before Redis was wiped once more",
+        (Edit("worker/lua/seed.lua", "if redis.call('GET', KEYS[4]) ~= ARGV[1] then return {'LATE'} end\n", ""),),
     ),
     Mutant(
         "key-shared-by-users",

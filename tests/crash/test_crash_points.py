@@ -32,7 +32,7 @@ NAMED = (
 )
 SCRIPTS = (
     *("append", "create", "rename", "delete", "reserve", "trim", "ask", "reply_begin", "reply_add"),
-    *("load", "load_user", "seed", "lease", "touch", "reply_close"),
+    *("load", "load_user", "seed_begin", "seed", "lease", "touch", "reply_close"),
 )
 TRANSACTIONS = ("read",)
 NOT_SWEPT = {
@@ -141,7 +141,7 @@ async def _unasked(run: Any) -> None:
     await link.set("pass")
 
 
-HOW = {"load": _emptied, "load_user": _emptied, "seed": _emptied, "lease": _emptied, "touch": _idle, "ask": _unasked}
+HOW = {**dict.fromkeys(("load", "load_user", "seed_begin", "seed", "lease"), _emptied), "touch": _idle, "ask": _unasked}
 
 
 def _points() -> tuple[str, ...]:

@@ -293,6 +293,7 @@ MEANWHILE: tuple[tuple[str, ...], ...] = (
     ("flush", "wait", "read"),
     ("say", "flush", "say"),
     ("rename", "flush"),
+    ("create_new", "flush", "empty"),
     ("delete",),
     ("rename",),
     ("stop",),
@@ -306,7 +307,7 @@ def _scenes(fate: Fate) -> Iterator[tuple[tuple[str, ...], str, tuple[str, ...]]
         yield from itertools.product(SETTINGS[:2], DOINGS[:8], MEANWHILE[:11])
         return
     yield from itertools.product(SETTINGS[:2], DOINGS, MEANWHILE)
-    yield from itertools.product(SETTINGS[2:], DOINGS[:8], MEANWHILE[:14])
+    yield from itertools.product(SETTINGS[2:], DOINGS[:8], MEANWHILE[:15])
 
 
 @pytest.mark.timeout(600)

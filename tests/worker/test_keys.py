@@ -12,7 +12,7 @@ from redis.crc import key_slot
 from worker import keys
 from worker.settings import SHARD_SLOTS
 
-OF_SHARDS = [keys.log, keys.clock, keys.committed, keys.backlog_bytes, keys.wake]
+OF_SHARDS = [keys.log, keys.clock, keys.seeding, keys.committed, keys.backlog_bytes, keys.wake]
 OF_MORE = [
     *(keys.conversation, keys.messages, keys.retry_keys, keys.loading, keys.turn),
     *(keys.changed, keys.created_keys, keys.loading_user),

@@ -83,6 +83,40 @@ class TestLease:
             assert redis.get("x") == b"mine"
 
 
+class TestSeed:
+    NAMES = (keys.clock(1), keys.committed(1), keys.log(1), keys.seeding(1))
+
+    def _begin(self, redis: Redis, token: str) -> bytes:
+        return run(redis, "seed_begin", [keys.seeding(1)], [token, 2500])
+
+    def _seed(self, redis: Redis, token: str | bytes, highest: int) -> list[bytes]:
+        return run(redis, "seed", self.NAMES, [token, highest, 0])
+
+    def test_only_with_the_token_that_redis_holds(self, redis) -> None:
+        assert self._seed(redis, "mine", 640) == [b"LATE"]
+        assert self._begin(redis, "mine") == b"mine"
+        redis.flushall()
+        assert self._seed(redis, "mine", 640) == [b"LATE"]
+        assert self._begin(redis, "another's") == b"another's"
+        assert self._seed(redis, "mine", 640) == [b"LATE"]
+        assert redis.keys() == [keys.seeding(1).encode()]
+        assert self._seed(redis, "another's", 1280) == [b"OK"]
+        assert self._seed(redis, "another's", 640) == [b"LATE"], "it is good once"
+        assert [redis.get(name) for name in self.NAMES] == [b"20", b"1280", None, None]
+
+    def test_several_share_a_token_and_each_has_its_full_time(self, redis) -> None:
+        self._begin(redis, "first")
+        for left in (20, 3_600_000):  # nearly over, and from before the clock was set back
+            redis.pexpire(keys.seeding(1), left)
+            assert self._begin(redis, "second") == b"first"
+            assert redis.pttl(keys.seeding(1)) == pytest.approx(2500, abs=100)
+
+    def test_the_highest_wins(self, redis) -> None:
+        for highest in (1280, 640):
+            assert self._seed(redis, self._begin(redis, "mine"), highest) == [b"OK"]
+        assert [redis.get(name) for name in self.NAMES] == [b"20", b"1280", None, None]
+
+
 class TestTrim:
     def _entries(self, redis: Redis, shard: int) -> list[pending.RawEntry]:
         return core.fetched(redis, shard)

@@ -786,6 +786,49 @@ class TestClock:
         flush_shard(redis, settings, shard)
         core.assert_clean(redis, settings)
 
+    async def test_a_seed_from_before_redis_was_emptied_again_gives_no_id_twice(
+        self, settings, redis, log, user, shard, conversation
+    ) -> None:
+        """Others have gone beyond what Postgres knew when the slow one asked; the server's clock is behind, so only the seed can tell."""
+        self._an_hour_ahead(redis, shard)
+        await log.append(user, conversation, "user", "a")
+        core.flush_all(redis, settings)
+        redis.flushall()
+        halves = core.Halves(log)
+        slow = await halves.start(log.create(user, "slow"))
+        await halves.step(slow)
+        quick = (await log.create(user, "quick")).conversation.id
+        core.flush_all(redis, settings)
+        redis.flushall()
+        assert (await halves.finish(slow)).conversation.id > quick
+        core.flush_all(redis, settings)
+        assert core.ask("SELECT title FROM conversation WHERE title IS NOT NULL ORDER BY id") == [("a",), ("quick",), ("slow",)]
+        core.assert_clean(redis, settings)
+
+    async def test_who_dies_in_a_seed_and_who_is_slow_keep_nobody_waiting(self, settings, redis, log, user, shard, conversation) -> None:
+        """Of several at once each may be the first, also with the token of a dead one, from before the server's clock was set back."""
+        self._an_hour_ahead(redis, shard)
+        await log.append(user, conversation, "user", "a")
+        core.flush_all(redis, settings)
+        redis.flushall()
+        redis.set(keys.seeding(shard), "a dead one's", px=3_600_000)
+        halves = core.Halves(log)
+        slow = await halves.start(log.append(user, conversation, "user", "slow"))
+        while not redis.exists(keys.conversation(shard, conversation)):  # until it has loaded the conversation, and asks for the clock
+            await halves.step(slow)
+        await halves.step(slow)
+        started = time.monotonic()
+        texts = [str(i) for i in range(10)]
+        await asyncio.gather(*(log.append(user, conversation, "user", one) for one in texts))
+        assert time.monotonic() - started < 1
+        await halves.finish(slow)
+        assert not redis.exists(keys.seeding(shard))
+        assert sorted(await core.shown(log, user, conversation)) == sorted([*texts, "a", "slow"])
+
+    @staticmethod
+    def _an_hour_ahead(redis, shard: int) -> None:
+        redis.set(keys.clock(shard), int(redis.get(keys.clock(shard))) + 3600 * 100_000)
+
 
 class TestWipedCache:
     async def test_nothing_committed_is_missed(self, settings, redis, log, user, shard, conversation) -> None:
