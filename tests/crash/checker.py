@@ -4,7 +4,7 @@ The invariants, numbered as they are reported:
 
  1 durability    what was acknowledged is in every read that began afterwards and covers it, and in Postgres at the end
  2 no phantom    nothing is read or stored that nobody asked for, and nothing that was refused
- 3 once          a retry key, and a message, has one id, in every answer, read and row
+ 3 once          a retry key, and a message, has one id, in every answer, read and row; no two conversations have one
  4 order         acknowledged before the other was sent: the lower id; every answer is in the order of ids
  5 no way back   what a read has shown, no later read lacks; committed never becomes pending again
  6 paging        the walks by pages, backwards and forwards, equal the whole; `has_older` and `has_newer` are true
@@ -154,6 +154,8 @@ class _Index:
         known = self.by_conversation.setdefault(one.conversation, _Conversation(one.conversation, one.user, one.ended or EVER))
         if known.owner != one.user:
             self.violations.append(Violation(7, f"conversation {one.conversation} was created for users {known.owner} and {one.user}"))
+        elif known.operations and not (one.key and one.key == known.operations[0].key):
+            self.violations.append(Violation(3, f"op {one.op}: conversation {one.conversation} is that of op {known.operations[0].op}"))
         known.created = min(known.created, one.ended or EVER)
         known.operations.append(one)
 

@@ -188,6 +188,11 @@ MUTANTS = (
         (Edit("worker/lua/seed.lua", "if redis.call('GET', KEYS[4]) ~= ARGV[1] then return {'LATE'} end\n", ""),),
     ),
     Mutant(
+        "reserved-before-wipe",
+        "R11: a number that was reserved before Redis was wiped is used, though the clock is behind it now",
+        (Edit("worker/lua/create.lua", "if tonumber(ARGV[3]) >= (last_tick + 1) * SLOTS then return {'TAKEN'} end\n", ""),),
+    ),
+    Mutant(
         "key-shared-by-users",
         "R12: users of a shard share their retry keys",
         (Edit("worker/keys.py", 'return f"ck:{{s{shard:02d}}}:n:{user_id}"', 'return f"ck:{{s{shard:02d}}}:n:0"'),),

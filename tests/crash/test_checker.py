@@ -97,6 +97,7 @@ BROKEN: dict[str, tuple[int, Callable[[Past], Any]]] = {
     "it was refused": (2, refused_and_there),
     "one message has two ids": (3, twice),
     "a key is accepted for another text": (3, lambda past: past.said(101, "another", key="one")),
+    "two conversations have one id": (3, lambda past: past.did("create", ANN, conversation=TALK)),
     "a later one has a lower id": (4, overtaken),
     "a page is out of order": (4, lambda past: past.paged(102, 101, 103)),
     "committed becomes pending": (5, lambda past: past.paged(101, 102, 103, state="pending")),

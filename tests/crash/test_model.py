@@ -330,6 +330,20 @@ def test_promise_is_kept_by_whoever_is_stopped_at_whatever_step(fate: Fate, caps
     _count(capsys, f"{steps} steps in {schedules} schedules of two ({fate.name})", fate.name)
 
 
+@pytest.mark.parametrize("known", ["wait", "empty"])
+def test_promise_is_kept_by_a_number_from_before_redis_was_emptied(known: str) -> None:
+    """Somebody holds a number for a new conversation; the next clock is behind it. What would know it afterwards, goes too."""
+    for ticks, others in itertools.product(range(5), range(2)):
+        scene = Scene()
+        scene.world.pass_time(ticks * 1e-5)
+        assert not _stop_at(scene, "create_new", 2, Fate.WORKS)
+        scene.run("flush", "empty", "back")
+        scene.world.settle()
+        scene.run("flush", known, *["rename"] * others, *["create_new"] * 8)
+        violations = scene.world.finish()
+        assert not violations, "\n".join([*map(str, violations), f"{ticks} ticks later, after {others} others"])
+
+
 def _stop_at(scene: Scene, doing: str, stopped_at: int, fate: Fate) -> bool:
     """Runs something for so many steps; whether it has ended by then."""
     [actor] = scene.start(doing)

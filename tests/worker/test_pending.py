@@ -295,6 +295,30 @@ class TestCreate:
         stored = core.ask("SELECT id, title FROM conversation WHERE title IS NOT NULL ORDER BY id")
         assert stored == [(first.conversation.id, "one"), (second.conversation.id, "two")]
 
+    async def test_an_id_from_before_redis_was_emptied_is_not_used(self, settings, redis, log, user, shard, monkeypatch) -> None:
+        """The new clock is behind it, and comes to it again when nobody knows any more that there is such a conversation."""
+        run, emptied = log._scripts.run, []
+
+        async def emptied_meanwhile(name: str, *arguments: object) -> object:
+            if name == "create" and not emptied:
+                emptied.append(redis.flushall())
+            return await run(name, *arguments)
+
+        await log.create(user, None)
+        flush_shard(redis, settings, shard)
+        hour_ahead = int(redis.get(keys.clock(shard))) + 3600 * 100_000
+        redis.set(keys.clock(shard), hour_ahead)
+        monkeypatch.setattr(log._scripts, "run", emptied_meanwhile)
+        first = await log.create(user, "one")
+        flush_shard(redis, settings, shard)
+        core.forget(redis, user, first.conversation.id, settings)
+        redis.set(keys.clock(shard), hour_ahead)
+        second = await log.create(user, "two")
+        assert first.conversation.id != second.conversation.id
+        core.flush_all(redis, settings)
+        stored = core.ask("SELECT id, title FROM conversation WHERE title IS NOT NULL ORDER BY id")
+        assert stored == [(first.conversation.id, "one"), (second.conversation.id, "two")]
+
     async def test_that_all_keys_are_here_is_forgotten_together_with_the_keys(self, settings, redis, log, user, shard) -> None:
         """The mark that says so lies among them: no expiry can take keys and leave it."""
         first = await log.create(user, None, key=client_key("a"))

@@ -6,7 +6,7 @@
 --      12 a token of this call  13 conversations a day
 -- Answers {'OK', id, microseconds, wake}, {'REPLAY', id, microseconds}, {'KEY_REUSED'}, {'ASK_KEY'}, {'NEED_SEED'}, {'FULL'}, {'USER_FULL'},
 -- {'TOO_MANY', for how long (ms)}, or {'TAKEN'}: reserve another id (the shard's clock was lost and set back since,
--- and this one was given twice).
+-- and this one was given twice, or would be: only below its entry's id do `committed` and Postgres know that it is taken).
 -- Run twice by one call it appends once.
 local made = redis.call('HMGET', KEYS[5], 's', 'r')
 if made[1] and made[2] == ARGV[12] then return {'OK', ARGV[3], made[1], 0} end
@@ -27,6 +27,7 @@ local wait = has_to_wait(KEYS[11], ARGV[13], DAY_MS)
 if wait then return {'TOO_MANY', wait} end
 local last_tick = redis.call('GET', KEYS[2])
 if not last_tick then return {'NEED_SEED'} end
+if tonumber(ARGV[3]) >= (last_tick + 1) * SLOTS then return {'TAKEN'} end
 local size = entry_size(ARGV[4], key, ARGV[6])
 local full = no_room(KEYS[3], KEYS[9], ARGV[2], size, ARGV[8], ARGV[11])
 if full then return {full} end
