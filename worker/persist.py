@@ -109,11 +109,51 @@ class _Dead:
     error: str = ""
 
 
+@dataclass(slots=True)
+class _Plan:
+    """What entries come to, if Postgres has their conversations."""
+
+    rows: Sequence[_Row]
+    created: list[Entry] = field(default_factory=list)
+    messages: list[_Row] = field(default_factory=list)
+    owners: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Who the entries of each conversation say that it belongs to."""
+    changes: dict[int, _Change] = field(default_factory=lambda: defaultdict(_Change))
+    deletions: dict[int, datetime] = field(default_factory=dict)
+    last: dict[int, _Row] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rows: Sequence[_Row]) -> _Plan:
+        """Takes them in their order."""
+        plan = cls(rows)
+        for row in rows:
+            entry = row.entry
+            number = entry.conversation_id
+            plan.last[number] = row
+            plan.owners[number].add(entry.user_id)
+            if entry.kind == "m":
+                plan.messages.append(row)
+                change = plan.changes[number]
+                if change.activity is None or entry.microseconds > change.activity:
+                    change.activity = entry.microseconds
+                if entry.extra and not change.given_title:
+                    change.given_title = entry.extra
+            elif entry.kind == "c":
+                plan.created.append(entry)
+            elif entry.kind == "r":
+                plan.changes[number].title = entry.title
+            else:
+                plan.deletions[number] = to_datetime(entry.microseconds)
+        if plan.deletions:
+            plan.messages = [row for row in plan.messages if row.entry.conversation_id not in plan.deletions]
+        return plan
+
+
 @dataclass(frozen=True, slots=True)
 class Decoded:
     """A batch as it is to be written."""
 
-    rows: list[_Row]
+    plan: _Plan
     dead: list[_Dead]
     last_ids: dict[int, int]
     """For each shard, the highest id that an append has given."""
@@ -147,13 +187,13 @@ def decode_batch(batches: Mapping[int, Sequence[RawEntry]]) -> Decoded:
                     last_ids[shard] = entry.id
                 else:
                     dead.append(_Dead(shard, raw, "other_shard"))
-    return Decoded(rows, dead, last_ids)
+    return Decoded(_Plan.of(rows), dead, last_ids)
 
 
 def persist_batch(cursor: Cursor, shards: int, batch: Decoded) -> Persisted:
     """Writes what each shard's log held, in its order; the caller commits. Raises psycopg2's errors for anything but bad rows."""
     done = Persisted(planted={(one.shard, one.entry.id) for one in batch.dead})
-    dead = batch.dead + _apply_or_halve(cursor, batch.rows, done)
+    dead = batch.dead + _apply_or_halve(cursor, batch.plan, done)
     _bury(cursor, dead)
     done.dead = len(dead)
     if batch.last_ids:
@@ -172,13 +212,14 @@ def _shard(entry: Entry) -> int:
     return keys.shard_of_id(entry.id)
 
 
-def _apply_or_halve(cursor: Cursor, rows: Sequence[_Row], done: Persisted) -> list[_Dead]:
+def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
+    rows = plan.rows
     if not rows:
         return []
     cursor.execute("SAVEPOINT part")
     try:
         part = Persisted()
-        dead = _apply(cursor, rows, part)
+        dead = _apply(cursor, plan, part)
     except (psycopg2.DataError, psycopg2.IntegrityError, OverflowError, ValueError) as exc:  # the last two: psycopg2 cannot write the value
         cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
         if len(rows) == 1:
@@ -187,57 +228,37 @@ def _apply_or_halve(cursor: Cursor, rows: Sequence[_Row], done: Persisted) -> li
             done.conversations[entry.conversation_id] = Touched(before.user_id if before else entry.user_id, raw)
             return [_Dead(_shard(entry), raw, "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
         middle = len(rows) // 2
-        return _apply_or_halve(cursor, rows[:middle], done) + _apply_or_halve(cursor, rows[middle:], done)
+        return _apply_or_halve(cursor, _Plan.of(rows[:middle]), done) + _apply_or_halve(cursor, _Plan.of(rows[middle:]), done)
     cursor.execute("RELEASE SAVEPOINT part")
     done.add(part)
     return dead
 
 
-def _apply(cursor: Cursor, rows: Sequence[_Row], done: Persisted) -> list[_Dead]:
+def _apply(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
     """Conversations before messages; of a conversation that is deleted, nothing comes back."""
-    _insert_conversations(cursor, [row.entry for row in rows if row.entry.kind == "c"])
+    _insert_conversations(cursor, plan.created)
     crashpoints.visit("flush:half_written")
-    cursor.execute(
-        "SELECT id, user_id, deleted_at IS NOT NULL FROM conversation WHERE id = ANY(%s)",
-        (list({row.entry.conversation_id for row in rows}),),
-    )
+    cursor.execute("SELECT id, user_id, deleted_at IS NOT NULL FROM conversation WHERE id = ANY(%s)", (list(plan.last),))
     owners: dict[int, int] = {}
     gone: set[int] = set()
     for number, user_id, deleted in cursor.fetchall():
         owners[number] = user_id
         if deleted:
             gone.add(number)
+    done.conversations = {number: Touched(owners.get(number, row.entry.user_id), row.raw) for number, row in plan.last.items()}
     dead: list[_Dead] = []
-    messages: dict[int, _Row] = {}
-    changes: defaultdict[int, _Change] = defaultdict(_Change)
-    last: dict[int, _Row] = {}
-    deletions: dict[int, datetime] = {}
-    for row in rows:
-        raw, entry, _ = row
-        number = entry.conversation_id
-        last[number] = row
-        if owners.get(number) != entry.user_id:
-            dead.append(_Dead(_shard(entry), raw, "no_conversation"))
-            continue
-        if number in gone:
-            continue
-        if entry.kind == "m":
-            messages[entry.id] = row
-            change = changes[number]
-            if change.activity is None or entry.microseconds > change.activity:
-                change.activity = entry.microseconds
-            if entry.extra and not change.given_title:
-                change.given_title = entry.extra
-        elif entry.kind == "r":
-            changes[number].title = entry.title
-        elif entry.kind == "d":
-            deletions[number] = to_datetime(entry.microseconds)
-    done.conversations = {number: Touched(owners.get(number, entry.user_id), raw) for number, (raw, entry, _) in last.items()}
-    if deletions:
-        messages = {number: row for number, row in messages.items() if row.entry.conversation_id not in deletions}
-    dead += _insert_messages(cursor, messages, done)
-    _update_conversations(cursor, changes)
-    _delete_conversations(cursor, deletions)
+    if gone or any(users != {owners.get(number)} for number, users in plan.owners.items()):
+        kept = []
+        for row in plan.rows:
+            number = row.entry.conversation_id
+            if owners.get(number) != row.entry.user_id:
+                dead.append(_Dead(_shard(row.entry), row.raw, "no_conversation"))
+            elif number not in gone:
+                kept.append(row)
+        plan = _Plan.of(kept)
+    dead += _insert_messages(cursor, plan.messages, done)
+    _update_conversations(cursor, plan.changes)
+    _delete_conversations(cursor, plan.deletions)
     return dead
 
 
@@ -255,10 +276,9 @@ def _insert_conversations(cursor: Cursor, created: Sequence[Entry]) -> None:
         execute_values(cursor, statement.format("(id)"), [(*row[:5], None, None) for row in rows], page_size=len(rows))
 
 
-def _insert_messages(cursor: Cursor, messages: dict[int, _Row], done: Persisted) -> list[_Dead]:
-    if not messages:
+def _insert_messages(cursor: Cursor, rows: Sequence[_Row], done: Persisted) -> list[_Dead]:
+    if not rows:
         return []
-    rows = list(messages.values())
     straight = len(rows) <= STRAIGHT_MAX and sum(len(row.entry.content) for row in rows) <= STRAIGHT_CHARS_MAX
     if straight:
         cursor.execute(_STRAIGHT, _columns(rows))
@@ -280,6 +300,7 @@ def _insert_messages(cursor: Cursor, messages: dict[int, _Row], done: Persisted)
         WHERE m.id IS NULL OR (m.user_id, m.role, m.status, m.content) IS DISTINCT FROM (s.user_id, s.role, s.status, s.content)
         """
     )
+    messages = {row.entry.id: row for row in rows}
     dead = []
     for number, same_id, key_id, same_request in cursor.fetchall():
         raw, entry, _ = messages[number]

@@ -145,12 +145,12 @@ MUTANTS = (
         "message-before-conversation",
         "R8: a batch writes messages before the conversations they are in",
         (
-            Edit("worker/persist.py", '    _insert_conversations(cursor, [entry for _, entry in entries if entry.kind == "c"])\n', ""),
+            Edit("worker/persist.py", "    _insert_conversations(cursor, plan.created)\n", ""),
             Edit(
                 "worker/persist.py",
-                "    _update_conversations(cursor, changes)\n    _delete",
-                '    _insert_conversations(cursor, [entry for _, entry in entries if entry.kind == "c"])\n'
-                "    _update_conversations(cursor, changes)\n    _delete",
+                "    _update_conversations(cursor, plan.changes)\n    _delete",
+                "    _insert_conversations(cursor, plan.created)\n"
+                "    _update_conversations(cursor, plan.changes)\n    _delete",
             ),
         ),
     ),

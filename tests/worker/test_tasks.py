@@ -132,7 +132,7 @@ class TestFlush:
         persist = flush.persist_batch
 
         def slow(cursor, shards, batch):
-            if len(batch.rows) > 3:
+            if len(batch.plan.rows) > 3:
                 raise PostgresUnavailable()
             return persist(cursor, shards, batch)
 
