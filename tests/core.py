@@ -87,7 +87,7 @@ def text(body: bytes) -> str:
 
 def fetched(redis: Redis, shard: int, entries_max: int = 5000, bytes_max: int = 1 << 25) -> list[pending.RawEntry]:
     """What a flush would read of a shard's log."""
-    return [entry for part in pending.fetch(redis, [shard], entries_max, bytes_max) for entry in part[shard]]
+    return [entry for part in pending.fetch(redis, [shard], entries_max, bytes_max, {}) for entry in part[shard]]
 
 
 def flush_all(redis: Redis, settings: Settings) -> list[Report]:

@@ -36,7 +36,8 @@ costs 3 ms."""
 BATCH_BYTES_MAX = 32 << 20
 """A batch ends here even if it has fewer entries: it passes through this process's memory, and Postgres's, several times."""
 BESIDE_ENTRIES = 500
-"""A part that is as large is written by a thread, while this one fetches the next."""
+"""A part that is as large is written by a thread, while this one fetches the next; and a full batch of as many is trimmed by one, while
+this one goes on."""
 _TRIM_CHUNK = 1000
 """Entries of a shard that one script removes: Redis serves nobody else meanwhile (about 1 ms)."""
 WAKE_SECONDS = 8.0
@@ -45,7 +46,7 @@ BATCH_BUCKETS = (1, 10, 100, 1000, 5000, 10_000, 100_000)
 SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-_Batches: TypeAlias = dict[int, list[pending.RawEntry]]
+_Entries: TypeAlias = dict[int, list[pending.RawEntry]]
 """Entries of each shard, in its order."""
 
 
@@ -72,12 +73,28 @@ def flush_shards(client: Redis, settings: Settings, shards: Sequence[int], halvi
     for all: with 16 busy shards it was most of what the worker and Postgres did.
     The first batch is halved so many times: one that is too large for a slow Postgres to take within the deadline would fail for ever.
     """
-    report = Report(list(shards))
+    report = Report(list(shards), more=list(shards))
     started = time.monotonic()
-    report.more = _pass(client, settings, shards, report, halvings)
-    while report.more and time.monotonic() - started < FLUSH_LOOP_SECONDS:
-        halvings = max(0, halvings - 1)
-        report.more = _pass(client, settings, report.more, report, halvings)
+    after: dict[int, bytes] = {}
+    trimming: Future[list[int]] | None = None
+    with ThreadPoolExecutor(1) as beside:
+        while report.more:
+            batch, later = _commit(client, settings, report, halvings, after)
+            goes_on = time.monotonic() - started < FLUSH_LOOP_SECONDS
+            if trimming is not None:
+                trimming.result()
+                trimming = None
+            if batch is None:
+                report.more = later
+            elif batch.is_full and goes_on:  # what is left in these shards the next turn of this loop sees
+                trimming = beside.submit(_trim, client, settings, batch, report)
+                after |= {shard: entries[-1].id for shard, entries in batch.entries.items()}
+                report.more = later + list(batch.entries)
+            else:
+                report.more = later + _trim(client, settings, batch, report)
+            if not goes_on:
+                break
+            halvings = max(0, halvings - 1)
     report.seconds = round(time.monotonic() - started, 4)
     return report
 
@@ -87,29 +104,51 @@ def flush_shard(client: Redis, settings: Settings, shard: int) -> Report:
     return flush_shards(client, settings, [shard])
 
 
-def _pass(client: Redis, settings: Settings, shards: Sequence[int], report: Report, halvings: int = 0) -> list[int]:
-    """One batch; the shards in which there is another one to be fetched now."""
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A committed batch."""
+
+    entries: _Entries
+    persisted: Persisted
+    is_full: bool
+    """There may be another one to be fetched at once."""
+    started: float
+
+
+def _commit(
+    client: Redis, settings: Settings, report: Report, halvings: int, after: Mapping[int, bytes]
+) -> tuple[_Batch | None, list[int]]:
+    """Commits a batch of the shards in which there is more, from `after` these entries on (they are committed, but may still be there).
+
+    Answers it, and the shards that have to wait for the next one.
+    """
     started = time.monotonic()
     entries_max = max(1, settings.flush_batch_max >> halvings)
-    waiting = pending.clear_wakes(client, shards)
+    waiting = pending.clear_wakes(client, report.more)
     if not waiting:  # so that an idle Postgres is left asleep
-        return []
+        return None, []
     now, later = waiting[:entries_max], waiting[entries_max:]
     with transaction(seconds=settings.flush_timeout_seconds, wake_seconds=WAKE_SECONDS, role="worker") as db, raw_cursor(db) as cursor:
         crashpoints.visit("flush:begun")
         locked = try_lock(cursor, now)
         report.busy += [shard for shard in now if shard not in locked]
         if not locked:
-            return later
+            return None, later
         crashpoints.visit("flush:locked")
-        batches, persisted = _write(cursor, settings, pending.fetch(client, locked, entries_max, BATCH_BYTES_MAX >> halvings))
-        if not batches:
-            return later
+        entries, persisted = _write(cursor, settings, pending.fetch(client, locked, entries_max, BATCH_BYTES_MAX >> halvings, after))
+        if not entries:
+            return None, later
         crashpoints.visit("flush:before_commit")
     crashpoints.visit("flush:committed")
-    left = trim_batches(client, settings, batches, persisted)
-    seconds = time.monotonic() - started
-    entries = sum(map(len, batches.values()))
+    count = sum(map(len, entries.values()))
+    return _Batch(entries, persisted, BESIDE_ENTRIES <= entries_max <= count, started), later
+
+
+def _trim(client: Redis, settings: Settings, batch: _Batch, report: Report) -> list[int]:
+    """Trims and counts a committed batch; the shards in which there is another one to be fetched now."""
+    left = trim_batches(client, settings, batch.entries, batch.persisted)
+    seconds = time.monotonic() - batch.started
+    entries, persisted = sum(map(len, batch.entries.values())), batch.persisted
     report.batches += 1
     report.entries += entries
     report.messages += persisted.messages
@@ -118,20 +157,20 @@ def _pass(client: Redis, settings: Settings, shards: Sequence[int], report: Repo
     event = log.error if persisted.dead else log.info
     event(
         "flushed",
-        shards=list(batches),
+        shards=list(batch.entries),
         entries=entries,
         messages=persisted.messages,
         dead_letters=persisted.dead,
         seconds=round(seconds, 4),
     )
-    return later + [
+    return [
         shard for shard, one in left.items() if one.entries_left and (not one.flush_asked or one.entries_left >= settings.flush_batch_max)
     ]
 
 
-def _write(cursor: Cursor, settings: Settings, parts: Iterator[_Batches]) -> tuple[_Batches, Persisted]:
+def _write(cursor: Cursor, settings: Settings, parts: Iterator[_Entries]) -> tuple[_Entries, Persisted]:
     """Writes what is fetched, part by part; while Postgres takes in a large one, the next is fetched and decoded."""
-    batches: _Batches = {}
+    batches: _Entries = {}
     persisted = Persisted()
     writing: Future[Persisted] | None = None
     with ThreadPoolExecutor(1) as beside:  # its end waits for what is under way, so nobody else uses the cursor meanwhile

@@ -79,8 +79,11 @@ CLOCK_AHEAD_MS = 366 * 86_400_000
 """An id in the log that is further ahead of the server's clock (and not known to Postgres) was given by no append."""
 OWNERS_MAX = 20_000
 """Conversations of which a process remembers whose they are: 2 MB."""
-_FETCH_PAGE_FIRST, _FETCH_PAGE = 50, 2500
-"""Entries that are read at once, and written in one part: with 1,000, what a part costs Postgres beside its rows was 6 of 21 µs a row."""
+_FETCH_PAGE_FIRST = 50
+"""Entries of each shard that are read at first: more than most flushes find."""
+_PART_FIRST, _PART = 500, 2500
+"""Entries of a part of a batch. Each is twice as large as the one before, because Postgres takes twice as long to write one as it takes to
+fetch and decode it. With 1,000 at most, what a part costs Postgres beside its rows was 6 of 21 µs a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -668,31 +671,42 @@ def clear_wakes(client: Redis, shards: Sequence[int]) -> list[int]:
     return [shard for shard, length in zip(shards, lengths, strict=True) if length]
 
 
-def fetch(client: Redis, shards: Sequence[int], entries_max: int, bytes_max: int) -> Iterator[dict[int, list[RawEntry]]]:
-    """The oldest entries of these shards, each in its order, in parts: page by page in turn, so that a long log keeps no other out.
+def fetch(
+    client: Redis, shards: Sequence[int], entries_max: int, bytes_max: int, after: Mapping[int, bytes]
+) -> Iterator[dict[int, list[RawEntry]]]:
+    """The oldest entries of these shards (beyond those in `after`), each in its order, in parts: page by page in turn, so that a long log
+    keeps no other out.
 
     At least one entry of each shard, if there is any, and no shard without one. Call it only while holding the shards' locks.
     """
-    going, total, size, count = dict.fromkeys(shards, "-"), 0, 0, max(1, min(_FETCH_PAGE_FIRST, entries_max // len(shards)))
+    going = {shard: _beyond(after[shard]) if shard in after else "-" for shard in shards}
+    total, size, count = 0, 0, max(1, min(_FETCH_PAGE_FIRST, entries_max // len(shards)))
+    part: dict[int, list[RawEntry]] = {}
+    held, part_size = 0, _PART_FIRST
     while going:
-        found: dict[int, list[RawEntry]] = {}
         full: dict[int, str] = {}
         for shard, page in zip(going, _pages(client, going, count), strict=True):
             if page:
-                found[shard] = entries = [RawEntry(entry_id, fields) for entry_id, fields in page]
-                total += len(entries)
+                entries = [RawEntry(entry_id, fields) for entry_id, fields in page]
+                part.setdefault(shard, []).extend(entries)
+                held += len(entries)
                 size += sum(entry.size for entry in entries)
                 if len(page) == count:
-                    full[shard] = f"({entries[-1].id.decode()}"
-        if found:
-            yield found
-        if size >= bytes_max or total >= entries_max:
-            return
-        going = dict(list(full.items())[: entries_max - total])
+                    full[shard] = _beyond(entries[-1].id)
+        has_room = size < bytes_max and total + held < entries_max
+        going = dict(list(full.items())[: entries_max - total - held]) if has_room else {}
+        if part and (not going or held > part_size - len(going)):
+            yield part
+            total += held
+            part, held, part_size = {}, 0, min(2 * part_size, _PART)
         if going:
-            average = size // total  # a page of the largest messages would take 300 MB
-            soon = 10 * total  # not the whole at once: Postgres has nothing to do before the first of it comes
-            count = max(1, min(_FETCH_PAGE, soon, entries_max - total, (bytes_max - size) // average + 1) // len(going))
+            average = size // (total + held)  # a page of the largest messages would take 300 MB
+            most = min(part_size - held, entries_max - total - held, (bytes_max - size) // average + 1)
+            count = max(1, most // len(going))
+
+
+def _beyond(entry_id: bytes) -> str:
+    return f"({entry_id.decode()}"
 
 
 def _pages(client: Redis, starts: Mapping[int, str], count: int) -> list[list[tuple[bytes, dict[bytes, bytes]]]]:

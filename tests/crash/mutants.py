@@ -81,8 +81,8 @@ MUTANTS = (
         (
             Edit(
                 "worker/flush.py",
-                '    crashpoints.visit("flush:committed")\n    left = trim_batches(client, settings, batches, persisted)\n',
-                '        left = trim_batches(client, settings, batches, persisted)\n    crashpoints.visit("flush:committed")\n',
+                '        crashpoints.visit("flush:before_commit")\n',
+                '        trim_batches(client, settings, entries, persisted)\n        crashpoints.visit("flush:before_commit")\n',
             ),
         ),
     ),
@@ -108,7 +108,7 @@ MUTANTS = (
             Edit(
                 "worker/flush.py",
                 "    with transaction(",
-                "    early = list(pending.fetch(client, now, entries_max, BATCH_BYTES_MAX))\n    with transaction(",
+                "    early = list(pending.fetch(client, now, entries_max, BATCH_BYTES_MAX, after))\n    with transaction(",
             ),
         ),
     ),
@@ -149,8 +149,7 @@ MUTANTS = (
             Edit(
                 "worker/persist.py",
                 "    _update_conversations(cursor, plan.changes)\n    _delete",
-                "    _insert_conversations(cursor, plan.created)\n"
-                "    _update_conversations(cursor, plan.changes)\n    _delete",
+                "    _insert_conversations(cursor, plan.created)\n    _update_conversations(cursor, plan.changes)\n    _delete",
             ),
         ),
     ),

@@ -198,7 +198,8 @@ class TestBatches:
     @pytest.mark.parametrize("entries_max", [1, 2, 7, 8, 9, 1000])
     async def test_fetch_takes_the_oldest_whole_and_in_order(self, redis, settings, shard, monkeypatch, entries_max) -> None:
         monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 2)
-        monkeypatch.setattr(pending, "_FETCH_PAGE", 3)
+        monkeypatch.setattr(pending, "_PART_FIRST", 2)
+        monkeypatch.setattr(pending, "_PART", 3)
         ids = [redis.xadd(keys.log(shard), {"b": "x" * 10 * i}, id=f"{i}-{i % 2}") for i in range(1, 9)]
         assert [entry.id for entry in core.fetched(redis, shard, entries_max)] == ids[:entries_max]
 
@@ -230,7 +231,8 @@ class TestBeside:
     def _every_part(self, monkeypatch) -> None:
         monkeypatch.setattr(flush, "BESIDE_ENTRIES", 1)
         monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 2)
-        monkeypatch.setattr(pending, "_FETCH_PAGE", 3)
+        monkeypatch.setattr(pending, "_PART_FIRST", 2)
+        monkeypatch.setattr(pending, "_PART", 3)
 
     @pytest.fixture
     def threads(self, monkeypatch) -> list[str]:
@@ -313,6 +315,64 @@ class TestBeside:
         core.assert_clean(redis, settings)
 
 
+class TestTrimBeside:
+    """Full batches are trimmed by a thread, while the next one is written."""
+
+    @pytest.fixture(autouse=True)
+    def _every_batch(self, settings, monkeypatch) -> None:
+        monkeypatch.setattr(flush, "BESIDE_ENTRIES", 2)
+        monkeypatch.setattr(flush, "FLUSH_LOOP_SECONDS", 60)
+        monkeypatch.setattr(settings, "flush_batch_max", 4)
+
+    async def test_what_is_committed_and_still_there_is_not_read_again(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        said = [str(i) for i in range(17)]
+        for content in said:
+            await log.append(user, conversation, "user", content)
+        trim, commit, steps = pending.trim, flush._commit, []
+
+        def late(*arguments, **named):
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.05)
+                steps.append("trimmed")
+            return trim(*arguments, **named)
+
+        def noted(*arguments):
+            batch = commit(*arguments)
+            steps.append("committed")
+            return batch
+
+        monkeypatch.setattr(pending, "trim", late)
+        monkeypatch.setattr(flush, "_commit", noted)
+        report = flush_shard(redis, settings, shard)
+        assert (report.batches, report.entries, report.messages, report.more) == (5, 18, 17, [])
+        assert steps == ["committed", *["committed", "trimmed"] * 4]
+        assert core.contents(conversation) == said
+        core.assert_clean(redis, settings)
+
+    async def test_redis_away_meanwhile_fails_the_flush_and_the_next_one_finds_the_rest(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        said = [str(i) for i in range(17)]
+        for content in said:
+            await log.append(user, conversation, "user", content)
+
+        def away(*_, **__):
+            raise RedisUnavailable()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(pending, "trim", away)
+            with pytest.raises(RedisUnavailable):
+                flush_shard(redis, settings, shard)
+        assert (len(core.contents(conversation)), redis.xlen(keys.log(shard))) == (7, 18), (
+            "two batches, of which one began with the creation"
+        )
+        assert flush_shard(redis, settings, shard).entries == 18
+        assert core.contents(conversation) == said
+        core.assert_clean(redis, settings)
+
+
 class TestTogether:
     """Shards that are flushed in one transaction."""
 
@@ -385,8 +445,9 @@ class TestTogether:
             for i in range(1, count + 1):
                 redis.xadd(keys.log(shard), {"b": "x"}, id=f"{i}-0")
         monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 4)
+        monkeypatch.setattr(pending, "_PART_FIRST", 10)
         found: dict[int, list[pending.RawEntry]] = {}
-        parts = list(pending.fetch(redis, [3, 4, 5, 6], 30, 1 << 20))
+        parts = list(pending.fetch(redis, [3, 4, 5, 6], 30, 1 << 20, {}))
         assert [sorted(part) for part in parts] == [[3, 4, 5], [3, 5]]
         for part in parts:
             for shard, entries in part.items():
