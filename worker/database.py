@@ -41,8 +41,13 @@ a thread of its own which is abandoned when time is over, and which libpq's `con
 answer included).
 
 **The pool** belongs to a process. A forked child makes its own and closes its copies of the parent's sockets, without a word to
-the server on them. Nothing here is session state: the settings of a transaction are transaction-local, so that PgBouncer in
-transaction mode (Neon's `-pooler`) carries all of it. Nothing polls, so an idle Neon falls asleep.
+the server on them. The settings of a transaction are transaction-local, so that PgBouncer in transaction mode (Neon's `-pooler`)
+carries all of it. Nothing polls, so an idle Neon falls asleep.
+
+**Plans** are the only session state. To parse and plan the settings and a page took Postgres longer than to find the page, so a read
+has both prepared with the first use of a connection, in the same message (`_planned_once`). Only where the connection leads straight to a
+process of the server, which then is nobody else's: a pooler gives a process number of its own making at the start, and behind it reads
+are said in full.
 
 **Round trips.** On the way to a database in another region each is a millisecond or more, and on this machine 0.1 ms. psycopg2 sends
 its BEGIN by itself, so ours goes with the settings, and psycopg2 is told to stay out of it (its `autocommit`). A read of one statement
@@ -53,6 +58,7 @@ again on another. (One that was cut off in silence would not have answered a que
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
@@ -219,7 +225,7 @@ def read_rows(statement: TextClause, values: Mapping[str, Any], *, user: int, se
     postgres = _postgres()
     with _translated(), deadline(get_settings().postgres_timeout_seconds if seconds is None else seconds) as limit, postgres.slot(limit):
         local = _local_settings(limit, LOCK_TIMEOUT_MS, True) | _identity("api", user, None, None)
-        connection, cursor = _say_first(postgres.engine.raw_connection, _SET_LOCAL + ";" + _driver_sql(statement), {**local, **values})
+        connection, cursor = _say_first(postgres.engine.raw_connection, statement, {**local, **values})
         try:
             return list(cursor.fetchall())
         finally:
@@ -243,10 +249,42 @@ def raw_cursor(connection: Connection) -> Iterator[DBAPICursor]:
         cursor.close()
 
 
-def _say_first(open_: Callable[[], _P], statement: str, values: Mapping[str, Any]) -> tuple[_P, Any]:
+def _planned_once(statement: TextClause, raw: Any) -> str:
+    """What says the settings and the statement, so that the server plans both once for each connection."""
+    sql = _driver_sql(statement)
+    if raw.planned is None:
+        raw.planned = set()
+        with raw.cursor() as cursor:
+            cursor.execute("SELECT pg_backend_pid()")
+            raw.is_direct = cursor.fetchone()[0] == raw.info.backend_pid
+    if not raw.is_direct:
+        return f"{_SET_LOCAL};{sql}"
+    said = []
+    for one in (_SET_LOCAL, sql):  # the role first: a plan is made for one
+        prepare, execute = _prepared(one)
+        said += [execute] if one in raw.planned else [prepare, execute]
+        raw.planned.add(one)
+    return ";".join(said)
+
+
+@lru_cache
+def _prepared(sql: str) -> tuple[str, str]:
+    """PREPARE and EXECUTE of it, both in psycopg2's spelling."""
+    names = list(dict.fromkeys(_NAMED.findall(sql)))
+    name = "chatkeep_" + hashlib.sha256(sql.encode()).hexdigest()[:16]
+    numbered = _NAMED.sub(lambda found: f"${names.index(found[1]) + 1}", sql)
+    given = ", ".join(f"%({one})s" for one in names)
+    return f"PREPARE {name} AS {numbered}", f"EXECUTE {name}" + (f"({given})" if given else "")
+
+
+_NAMED = re.compile(r"%\((\w+)\)s")
+
+
+def _say_first(open_: Callable[[], _P], statement: str | TextClause, values: Mapping[str, Any]) -> tuple[_P, Any]:
     """Says the first thing of a transaction on a pooled connection; the connection, and the cursor with the answer.
 
-    On another one if the server has ended it meanwhile: nothing has been done then. The pool gives each stale one once.
+    On another one if the server has ended it meanwhile, or has a plan of before a migration: nothing has been done then. The pool gives
+    each stale one once.
     """
     while True:
         connection = open_()
@@ -254,12 +292,13 @@ def _say_first(open_: Callable[[], _P], statement: str, values: Mapping[str, Any
         stale, raw.used = raw.used, True
         try:
             raw.autocommit = True
+            said = statement if isinstance(statement, str) else _planned_once(statement, raw)
             cursor = raw.cursor()
-            cursor.execute(statement, values)
-            if statement.startswith(_BEGIN) and raw.get_transaction_status() != psycopg2.extensions.TRANSACTION_STATUS_INTRANS:
+            cursor.execute(said, values)
+            if said.startswith(_BEGIN) and raw.get_transaction_status() != psycopg2.extensions.TRANSACTION_STATUS_INTRANS:
                 raise RuntimeError("a transaction's settings need a transaction, and none has begun")
         except BaseException as exc:
-            stale &= isinstance(exc, psycopg2.Error) and raw.closed != 0
+            stale &= isinstance(exc, psycopg2.Error) and (raw.closed != 0 or isinstance(exc, _PLAN_IS_GONE))
             connection.invalidate()
             connection.close()
             if isinstance(exc, psycopg2.errors.DivisionByZero):
@@ -269,6 +308,12 @@ def _say_first(open_: Callable[[], _P], statement: str, values: Mapping[str, Any
                 raise
         else:
             return connection, cursor
+
+
+_PLAN_IS_GONE = (
+    psycopg2.errors.FeatureNotSupported,  # "cached plan must not change result type"
+    psycopg2.errors.InvalidSqlStatementName,
+)
 
 
 def _raw(connection: Connection | PoolProxiedConnection) -> Any:
@@ -300,7 +345,8 @@ _SET_LOCAL = """
                       ELSE current_setting('synchronous_commit') END, true),
            CASE WHEN %(read_only)s THEN ROW(
                set_config('transaction_read_only', 'on', true), set_config('jit', 'off', true), set_config('enable_seqscan', 'off', true),
-               set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', 'off', true))::text END
+               set_config('enable_bitmapscan', 'off', true), set_config('enable_sort', 'off', true),
+               set_config('plan_cache_mode', 'force_generic_plan', true))::text END
 """
 """Where row-level security does not hold from here on, it divides by zero, and nothing that was said with it is done.
 
@@ -309,7 +355,8 @@ _SET_LOCAL = """
 `synchronous_commit=off` would lose what a commit has promised, and the log has forgotten by then.
 
 Each of our reads walks one index and stops at its page; on tables that were never analyzed the planner was seen to collect a whole
-conversation of 30,000 messages and sort it instead. So in a read it has no other way, whatever its statistics say.
+conversation of 30,000 messages and sort it instead. So in a read it has no other way, whatever its statistics say,
+and one plan serves for all values.
 """
 
 
@@ -630,6 +677,9 @@ class _Connection(psycopg2.extensions.connection):  # type: ignore[misc]  # psyc
     def __init__(self, *args: Any, **parameters: Any) -> None:
         super().__init__(*args, **parameters)
         self.used = False
+        self.planned: set[str] | None = None
+        """What the server has a plan of; None until it was asked whose connection this is."""
+        self.is_direct = False
         _connections.add(self)
 
     def commit(self) -> None:

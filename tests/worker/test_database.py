@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 import psycopg2
@@ -302,6 +303,30 @@ class TestPool:
         with pytest.raises(psycopg2.OperationalError):
             database._say_first(opened.pop, "SELECT 1", {})  # type: ignore[type-var]
         assert 2 - len(opened) == tries
+
+    def test_read_is_planned_once_for_a_connection(self, pool: Settings) -> None:
+        statement = text("SELECT :given + 1, custom_plans, generic_plans FROM pg_prepared_statements")
+        rows = [database.read_rows(statement, {"given": i}, user=1) for i in range(8)]
+        assert [{row[0] for row in one} for one in rows] == [{i + 1} for i in range(8)]
+        assert len(rows[-1]) == 2, "the settings and the statement"
+        assert (0, 8) in [(custom, generic) for _, custom, generic in rows[-1]]
+
+    def test_behind_a_pooler_nothing_is_left_in_the_session(self, pool: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        """It gives a process number of its own making; the next transaction may have another process of the server."""
+        monkeypatch.setattr(database._Connection, "info", SimpleNamespace(backend_pid=-1), raising=False)
+        statement = text("SELECT :given + 1, (SELECT count(*) FROM pg_prepared_statements)")
+        for given in (1, 2):
+            assert database.read_rows(statement, {"given": given}, user=1) == [(given + 1, 0)]
+
+    def test_plan_of_before_a_migration_is_made_anew(self, pool: Settings) -> None:
+        _outside(pool, "CREATE TABLE changing (number integer); INSERT INTO changing VALUES (1); GRANT SELECT ON changing TO PUBLIC")
+        statement = text("SELECT number FROM changing")
+        try:
+            assert database.read_rows(statement, {}, user=1) == [(1,)]
+            _outside(pool, "ALTER TABLE changing ALTER number TYPE text")
+            assert database.read_rows(statement, {}, user=1) == [("1",)]
+        finally:
+            _outside(pool, "DROP TABLE changing")
 
     def test_restart_of_postgres_is_unnoticed(self, postgres: EmbeddedPostgres, pool: Settings) -> None:
         assert _count_users() == 0

@@ -274,7 +274,7 @@ class TestPooledConnections:
                 said.append(statement)
                 super().execute(statement, values)
 
-        _visible("message")  # a new connection is asked more
+        read_rows(text("SELECT 1"), {}, user=ANN)  # a new connection is asked more
         make = database._Connection.cursor
         with mock.patch.object(database._Connection, "cursor", lambda self: make(self, cursor_factory=Cursor)):
             with read(user=ANN) as connection:
