@@ -88,14 +88,14 @@ async def _read_before(log: PendingLog, user_id: int, conversation_id: int, befo
             has_older=len(cached.messages) > limit,
             has_newer=_has_at_or_after(cached, before),
         )
-    newest_first = tuple(cached.messages) if cached else ()
+    newest_first: Sequence[Stored] = tuple(cached.messages) if cached else ()
     seam = newest_first[-1].id if newest_first else before
     count = limit + 1 - len(newest_first)
     page = partial(committed.read_page, user_id, conversation_id, "before", seam, None, count, look_beyond=cached is None)
     below = await log.threads.run(page)
     if below.conversation is None:  # also one that was deleted since Redis answered: the cached part alone would look whole
         raise NotFound()
-    newest_first += below.messages
+    newest_first = (*newest_first, *below.messages) if newest_first else below.messages
     if cached is not None:
         conversation, has_newer = cached.conversation, _has_at_or_after(cached, before)
     else:
@@ -103,7 +103,7 @@ async def _read_before(log: PendingLog, user_id: int, conversation_id: int, befo
         log.load_soon(user_id, conversation_id)
     return HistoryPage(
         conversation=conversation,
-        messages=tuple(reversed(newest_first[:limit])),
+        messages=newest_first[:limit][::-1],
         committed=cached.committed if cached else ID_LIMIT,
         has_older=len(newest_first) > limit,
         has_newer=has_newer,
@@ -124,7 +124,7 @@ async def _read_after(log: PendingLog, user_id: int, conversation_id: int, after
             raise NotFound()
         oldest_first, conversation, has_older = below.messages, below.conversation, below.beyond
         if cached is not None:
-            oldest_first, conversation = below.messages + tuple(cached.messages), cached.conversation
+            oldest_first, conversation = (*below.messages, *cached.messages), cached.conversation
         else:
             log.load_soon(user_id, conversation_id)
     return HistoryPage(

@@ -8,16 +8,16 @@ trimmed meanwhile is seen (race R1). Every query names the user, and so does eve
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Literal
 
 from sqlalchemy import TextClause, text
 
-from worker.codec import Stored, to_datetime, to_microseconds
+from worker.codec import CommittedMessages, Stored, to_datetime, to_microseconds
 from worker.database import read_rows
-from worker.loading import ConversationState, to_stored
+from worker.loading import ConversationState
 
 _LAST_ID = (1 << 63) - 1
 _THE_CONVERSATION = "FROM conversation WHERE id = :conversation AND user_id = :user"
@@ -69,7 +69,7 @@ class CommittedPage:
     """Messages nearest to the asked-for end ('before': newest first), and whether there is one on the other side of the start."""
 
     conversation: ConversationState | None
-    messages: tuple[Stored, ...]
+    messages: Sequence[Stored]
     beyond: bool
 
 
@@ -107,7 +107,7 @@ def read_page(
     messages.sort(key=itemgetter(0), reverse=backwards)  # UNION ALL promises no order; they come in it
     conversation = ConversationState(conversation_id, user_id, found[2], to_microseconds(found[3]), to_microseconds(found[5]))
     beyond = len(rows) > len(messages) + 1
-    return CommittedPage(conversation, tuple(to_stored(conversation_id, user_id, row) for row in messages), beyond)
+    return CommittedPage(conversation, CommittedMessages(conversation_id, user_id, messages), beyond)
 
 
 def read_conversation(user_id: int, conversation_id: int) -> ConversationState | None:

@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
 
 from sqlalchemy import Connection, text
 
-from worker.codec import HASH_SQL, Stored, message_body, to_microseconds
+from worker.codec import HASH_SQL, CommittedMessages, Stored, to_microseconds
 from worker.database import read_rows, transaction
 from worker.errors import ConfigurationError
 
@@ -62,7 +60,7 @@ def load_conversation(conversation_id: int, user_id: int, messages_max: int, sec
     keys = [row for row in rows if row[5] is not None]
     for part in (latest, keys):
         part.sort(key=itemgetter(0), reverse=True)  # UNION ALL promises no order; they come in it
-    messages = [to_stored(conversation_id, user_id, message) for message in latest[:messages_max] if message[2] is not None]
+    messages = CommittedMessages(conversation_id, user_id, [row for row in latest[:messages_max] if row[2] is not None])
     pairs = [(row[5], row[2]) for row in keys[:RETRY_KEYS_MAX] if row[2] is not None]
     return LoadedConversation(
         state=state,
@@ -90,11 +88,6 @@ _LOAD = text(
 """The conversation (its row has no id), its latest messages, and the values of its latest retry keys (whose rows have no role)."""
 
 
-def to_stored(conversation_id: int, user_id: int, row: Sequence[Any]) -> Stored:
-    """A row (id, role, content, created_at, status) as the bytes that an append would have made."""
-    return Stored(row[0], to_microseconds(row[3]), message_body(conversation_id, user_id, row[1], row[2], row[4]))
-
-
 def find_message(conversation_id: int, user_id: int, message_id: int, seconds: float) -> Stored | None:
     """One committed message."""
     with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
@@ -105,7 +98,7 @@ def find_message(conversation_id: int, user_id: int, message_id: int, seconds: f
             ),
             {"conversation": conversation_id, "user": user_id, "id": message_id},
         ).one_or_none()
-    return None if row is None else to_stored(conversation_id, user_id, row)
+    return None if row is None else CommittedMessages(conversation_id, user_id, [row])[0]
 
 
 def find_retry_key(conversation_id: int, user_id: int, key: str, seconds: float) -> tuple[tuple[str, str], ...]:

@@ -69,9 +69,9 @@ MUTANTS = (
             ),
             Edit(
                 "api/history.py",
-                "    newest_first += below.messages\n",
+                "    newest_first = (*newest_first, *below.messages) if newest_first else below.messages\n",
                 "    lacking = limit + 1 - len(newest_first)\n"
-                "    newest_first += tuple(one for one in early.messages if seam is None or one.id < seam)[:lacking]\n",
+                "    newest_first = (*newest_first, *[one for one in early.messages if seam is None or one.id < seam][:lacking])\n",
             ),
         ),
     ),

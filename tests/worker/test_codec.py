@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from worker.codec import (
     CachedMessages,
+    CommittedMessages,
     Stored,
     auto_title,
     conversation_body,
@@ -59,6 +60,18 @@ class TestPublic:
         assert public(cached, mark) == b",".join(one.public(mark) for one in stored) == public(stored, mark)
         assert list(cached) == stored
         assert list(cached[:4][::-1]) == stored[:4][::-1]
+
+    @given(st.lists(st.tuples(UNICODE, st.integers(0, 253_402_300_799_999_999)), max_size=6), st.booleans())
+    def test_a_page_of_rows_is_the_same_bytes(self, messages: list[tuple[str, int]], whole_seconds: bool) -> None:
+        messages = [(text, time // 1_000_000 * 1_000_000 if whole_seconds else time) for text, time in messages]
+        rows, stored = [], []
+        for number, (text, time) in enumerate(messages, start=ID):
+            rows.append((number, "user", text, to_datetime(time), "complete", None, None))
+            stored.append(Stored(number, time, message_body(CONVERSATION, 7, "user", text, "complete")))
+        committed = CommittedMessages(CONVERSATION, 7, rows)
+        assert public(committed, ID + 6) == public(stored, ID + 6)
+        assert list(committed) == stored
+        assert list(committed[:4][::-1]) == stored[:4][::-1]
 
     def test_half_a_surrogate_pair_never_gets_as_far_as_redis(self) -> None:
         with pytest.raises(TypeError):
