@@ -8,7 +8,7 @@ from redis import Redis
 from tests import core
 from worker import keys
 from worker.errors import UserBacklogFull
-from worker.flush import Report, _pass, flush_shard
+from worker.flush import flush_shard
 from worker.pending import PendingLog
 from worker.settings import Settings
 
@@ -45,7 +45,9 @@ async def test_only_the_one_who_has_his_share(settings: Settings, redis: Redis, 
     await log.append(greedy, theirs, "user", "x" * 1000)
 
 
-async def test_a_trim_of_a_part_gives_back_that_part(settings: Settings, redis: Redis, log: PendingLog) -> None:
+async def test_a_trim_of_a_part_gives_back_that_part(
+    settings: Settings, redis: Redis, log: PendingLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
     user = core.make_user()
     conversation = (await log.create(user, None)).conversation.id
     await log.append(user, conversation, "user", "one")
@@ -53,5 +55,6 @@ async def test_a_trim_of_a_part_gives_back_that_part(settings: Settings, redis: 
     before = int(redis.hget(keys.users(0), str(user)) or 0)
     await log.append(user, conversation, "user", "two")
     both = int(redis.hget(keys.users(0), str(user)) or 0)
-    _pass(redis, one_more, [0], Report([0]))
+    monkeypatch.setattr("worker.flush.FLUSH_LOOP_SECONDS", 0.0)  # one batch
+    assert flush_shard(redis, one_more, 0).entries == 2
     assert int(redis.hget(keys.users(0), str(user)) or 0) == both - before == int(redis.get(keys.backlog_bytes(0)) or 0)

@@ -1,8 +1,9 @@
 -- Put before every script. Lua builds no key: all it touches comes in KEYS. Bodies are opaque bytes.
--- Numbers stay below 2^53, where a double is exact; they are written with %.0f because tostring() rounds at 14 digits.
+-- Numbers stay below 2^53, where a double is exact; they are written with %d because tostring() rounds at 14 digits, and %.0f takes twice as
+-- long (2 of an append's 27 µs). It cuts off what stands behind the point.
 
 local function int(number)
-  return string.format('%.0f', number)
+  return string.format('%d', number)
 end
 
 local function server_microseconds()
