@@ -99,7 +99,7 @@ def replay_one(letter: int) -> str | None:
         entry = RawEntry(row.entry_id.encode(), unreadable(row.entry))
         if not try_lock(cursor, [row.shard]):
             return "its shard is being flushed; try again"
-        persisted = persist_batch(cursor, settings.shards, decode_batch({row.shard: [entry]}))
+        persisted = persist_batch(cursor, settings.shards, decode_batch({row.shard: [entry]}), by_hand=True)
         if persisted.dead:
             return "refused again, see `show`"
         connection.execute(text("UPDATE dead_letter SET replayed_at = now() WHERE id = :id"), {"id": letter})

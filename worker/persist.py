@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from io import BytesIO
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import psycopg2
@@ -114,6 +115,8 @@ class _Plan:
     """What entries come to, if Postgres has their conversations."""
 
     rows: Sequence[_Row]
+    committed: Mapping[int, int]
+    """For each shard, the highest id that was committed before, where that was asked: only for renames it makes a difference."""
     created: list[Entry] = field(default_factory=list)
     messages: list[_Row] = field(default_factory=list)
     owners: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -123,9 +126,9 @@ class _Plan:
     last: dict[int, _Row] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, rows: Sequence[_Row]) -> _Plan:
+    def of(cls, rows: Sequence[_Row], committed: Mapping[int, int] = MappingProxyType({})) -> _Plan:
         """Takes them in their order."""
-        plan = cls(rows)
+        plan = cls(rows, committed)
         for row in rows:
             entry = row.entry
             number = entry.conversation_id
@@ -141,7 +144,8 @@ class _Plan:
             elif entry.kind == "c":
                 plan.created.append(entry)
             elif entry.kind == "r":
-                plan.changes[number].title = entry.title
+                if entry.id > committed.get(_shard(entry), 0):
+                    plan.changes[number].title = entry.title
             else:
                 plan.deletions[number] = to_datetime(entry.microseconds)
         if plan.deletions:
@@ -190,10 +194,18 @@ def decode_batch(batches: Mapping[int, Sequence[RawEntry]]) -> Decoded:
     return Decoded(_Plan.of(rows), dead, last_ids)
 
 
-def persist_batch(cursor: Cursor, shards: int, batch: Decoded) -> Persisted:
-    """Writes what each shard's log held, in its order; the caller commits. Raises psycopg2's errors for anything but bad rows."""
+def persist_batch(cursor: Cursor, shards: int, batch: Decoded, *, by_hand: bool = False) -> Persisted:
+    """Writes what each shard's log held, in its order; the caller commits. Raises psycopg2's errors for anything but bad rows.
+
+    A title is not written again (unless `by_hand`, from a dead letter): everything else may be, but behind this rename there may be another
+    one that is committed, and trimmed by somebody else before this commit.
+    """
+    plan = batch.plan
+    if not by_hand and any(change.title is not None for change in plan.changes.values()):
+        cursor.execute("SELECT number, last_id FROM shard WHERE number = ANY(%s)", (list(batch.last_ids),))
+        plan = _Plan.of(plan.rows, dict(cursor.fetchall()))
     done = Persisted(planted={(one.shard, one.entry.id) for one in batch.dead})
-    dead = batch.dead + _apply_or_halve(cursor, batch.plan, done)
+    dead = batch.dead + _apply_or_halve(cursor, plan, done)
     _bury(cursor, dead)
     done.dead = len(dead)
     if batch.last_ids:
@@ -228,7 +240,8 @@ def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]
             done.conversations[entry.conversation_id] = Touched(before.user_id if before else entry.user_id, raw)
             return [_Dead(_shard(entry), raw, "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
         middle = len(rows) // 2
-        return _apply_or_halve(cursor, _Plan.of(rows[:middle]), done) + _apply_or_halve(cursor, _Plan.of(rows[middle:]), done)
+        first, second = (_Plan.of(half, plan.committed) for half in (rows[:middle], rows[middle:]))
+        return _apply_or_halve(cursor, first, done) + _apply_or_halve(cursor, second, done)
     cursor.execute("RELEASE SAVEPOINT part")
     done.add(part)
     return dead
@@ -255,7 +268,7 @@ def _apply(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
                 dead.append(_Dead(_shard(row.entry), row.raw, "no_conversation"))
             elif number not in gone:
                 kept.append(row)
-        plan = _Plan.of(kept)
+        plan = _Plan.of(kept, plan.committed)
     dead += _insert_messages(cursor, plan.messages, done)
     _update_conversations(cursor, plan.changes)
     _delete_conversations(cursor, plan.deletions)
@@ -368,7 +381,7 @@ def _columns(rows: Sequence[_Row]) -> list[list[Any]]:
 def _stage(cursor: Cursor, rows: Sequence[_Row]) -> None:
     """Puts messages into a temporary table, alone. In one piece: between two, this thread would wait for the one that decodes."""
     cursor.execute(_STAGE)
-    text = "".join([row.line or _line(row.entry) for row in rows]).encode()
+    text = b"".join([(row.line or _line(row.entry)).encode() for row in rows])  # one str of all would be four times as large for one emoji
     cursor.copy_expert("COPY stage FROM STDIN", BytesIO(text), size=len(text))
 
 

@@ -373,6 +373,84 @@ class TestTrimBeside:
         core.assert_clean(redis, settings)
 
 
+class TestRenames:
+    """What is committed but not trimmed is written again, to no effect. A title would have one: there may be a later one."""
+
+    async def test_another_flush_ends_its_batch_between_two_titles_that_are_committed(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        await log.rename(user, conversation, "old")
+        await log.append(user, conversation, "user", "x")
+        await log.rename(user, conversation, "new")
+        monkeypatch.setattr(settings, "flush_batch_max", 4)
+        with core.gates():
+            first = core.Flusher(lambda: flush_shard(redis, settings, shard))
+            first.until("trim")
+            second = core.Flusher(lambda: flush_shards(redis, settings, [shard], 1))
+            second.until("commit")
+            first.finish()
+            second.finish()
+        assert core.ask("SELECT title FROM conversation") == [("new",)]
+        core.assert_clean(redis, settings)
+
+    async def test_another_flush_reads_a_full_batch_that_is_being_trimmed(
+        self, settings, redis, log, user, shard, conversation, monkeypatch
+    ) -> None:
+        monkeypatch.setattr(flush, "BESIDE_ENTRIES", 2)
+        monkeypatch.setattr(flush, "FLUSH_LOOP_SECONDS", 60)
+        monkeypatch.setattr(settings, "flush_batch_max", 4)
+        await log.rename(user, conversation, "old")
+        for content in ("a", "b", "c"):
+            await log.append(user, conversation, "user", content)
+        await log.rename(user, conversation, "new")
+        await log.append(user, conversation, "user", "d")
+        trim, decode = pending.trim, flush.decode_batch
+        trims, go_on, fetched, commit = (threading.Event() for _ in range(4))
+
+        def late(*arguments, **named):
+            if threading.current_thread().name.startswith("ThreadPool") and not trims.is_set():
+                trims.set()
+                assert go_on.wait(20)
+            return trim(*arguments, **named)
+
+        def held(part):
+            if threading.current_thread().name == "second" and not fetched.is_set():
+                fetched.set()
+                assert commit.wait(20)
+            return decode(part)
+
+        monkeypatch.setattr(pending, "trim", late)
+        monkeypatch.setattr(flush, "decode_batch", held)
+        first, second = (threading.Thread(target=flush_shard, args=(redis, settings, shard), name=name) for name in ("first", "second"))
+        first.start()
+        assert trims.wait(20)
+        deadline = time.monotonic() + 20
+        while core.ask("SELECT title FROM conversation") != [("new",)]:
+            assert time.monotonic() < deadline, "its second batch was never committed"
+            time.sleep(0.02)
+        second.start()
+        assert fetched.wait(20)
+        go_on.set()
+        first.join(20)
+        assert redis.xlen(keys.log(shard)) == 0
+        commit.set()
+        second.join(20)
+        assert core.ask("SELECT title FROM conversation") == [("new",)]
+        core.assert_clean(redis, settings)
+
+    async def test_one_in_a_half_of_a_batch(self, settings, redis, log, user, shard, conversation) -> None:
+        """A bad row behind a title that was committed before."""
+        await log.rename(user, conversation, "old")
+        core.plant(redis, shard, b=core.message_entry(user, conversation + keys.SHARD_SLOTS))
+        with core.gates():
+            first = core.Flusher(lambda: flush_shard(redis, settings, shard))
+            first.until("trim")
+            core.ask("UPDATE conversation SET title = 'new'")  # in the place of one that is committed and trimmed
+            flush_shard(redis, settings, shard)
+            first.finish()
+        assert core.ask("SELECT title FROM conversation") == [("new",)]
+
+
 class TestTogether:
     """Shards that are flushed in one transaction."""
 

@@ -790,6 +790,17 @@ class TestClock:
         flush_shard(redis, settings, shard)
         assert core.contents(conversation) == ["a", "b", "c"]
 
+    async def test_nor_does_a_title_there_get_an_id_of_before(self, settings, redis, log, user, shard, conversation) -> None:
+        """It would pass for one that is committed, and not be written."""
+        redis.set(keys.clock(shard), int(redis.get(keys.clock(shard))) + 3600 * 100_000)
+        await log.append(user, conversation, "user", "a")
+        flush_shard(redis, settings, shard)
+        redis.set(keys.clock(shard), 1)
+        redis.delete(keys.log(shard))
+        await log.rename(user, conversation, "named after that")
+        flush_shard(redis, settings, shard)
+        assert core.ask("SELECT title FROM conversation") == [("named after that",)]
+
     async def test_a_seed_waits_for_a_flush_that_is_under_way(self, settings, redis, log, user, shard, conversation) -> None:
         """What a wiped Redis had numbered may still be on its way into Postgres."""
         redis.set(keys.clock(shard), int(redis.get(keys.clock(shard))) + 3600 * 100_000)

@@ -2,7 +2,7 @@
 -- KEYS 1 log  2 clock  3 bytes  4 wake  5 conversation  6 messages  7 retry keys  8 changed  9 events  10 users
 -- ARGV 1 shard  2 user  3 conversation id  4 body  5 title  6 backlog limit (bytes)  7 wake lease (ms)  8 the user's limit (bytes)
 -- Answers {'OK', created, last activity, wake}, {'UNKNOWN'}, {'NOT_FOUND'}, {'NEED_SEED'}, {'FULL'} or {'USER_FULL'}.
-local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 's', 'a')
+local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 's', 'a', 'm')
 if known[1] ~= ARGV[2] then return {'UNKNOWN'} end  -- also somebody else's: nobody may learn which ids there are, not even while Postgres is away
 if known[2] == '1' then return {'NOT_FOUND'} end
 local last_tick = redis.call('GET', KEYS[2])
@@ -13,6 +13,7 @@ if full then return {full} end
 
 local now = server_microseconds()
 local entry, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
+if entry <= tonumber(known[6]) then return {'NEED_SEED'} end  -- Postgres is ahead of this clock, as in append.lua
 if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[10], ARGV[2], entry, tick, size, 'r', now, ARGV[4], '', '') then return {'NEED_SEED'} end
 redis.call('HSET', KEYS[5], 't', ARGV[5], 'l', int(entry))
 if known[3] == '0' then
