@@ -32,7 +32,8 @@ KEY_CHARS_MAX = 202
 HASH_CHARS_MAX = 64
 HASH_SQL = "left(encode(sha256(convert_to(role || chr(31) || status || chr(31) || content, 'UTF8')), 'hex'), 32)"
 _UNIX = datetime(1970, 1, 1, tzinfo=UTC)
-_YEAR_10000 = 253_402_300_800_000_000
+_MICROSECONDS_LIMIT = 1 << 53
+"""In the year 2255. Above it Postgres, which multiplies intervals by doubles, would not keep each of them."""
 
 
 class Stored(NamedTuple):
@@ -215,9 +216,9 @@ def _sound(entry: Entry) -> bool:
     number, kind, microseconds, conversation, user, key, extra, role, content, status, title = entry
     if not (type(number) is int and type(conversation) is int and type(user) is int):
         return False
-    if not (
-        0 < number < keys.ID_LIMIT and 0 < conversation < keys.ID_LIMIT and 0 < user < keys.ID_LIMIT and 0 <= microseconds < _YEAR_10000
-    ):
+    if not (0 < number < keys.ID_LIMIT and 0 < conversation < keys.ID_LIMIT and 0 < user < keys.ID_LIMIT):
+        return False
+    if not 0 <= microseconds < _MICROSECONDS_LIMIT:
         return False
     if keys.shard_of_id(number) != keys.shard_of_id(conversation):
         return False

@@ -80,10 +80,10 @@ def flush_shards(client: Redis, settings: Settings, shards: Sequence[int], halvi
     with ThreadPoolExecutor(1) as beside:
         while report.more:
             batch, later = _commit(client, settings, report, halvings, after)
-            goes_on = time.monotonic() - started < FLUSH_LOOP_SECONDS
             if trimming is not None:
                 trimming.result()
                 trimming = None
+            goes_on = time.monotonic() - started < FLUSH_LOOP_SECONDS
             if batch is None:
                 report.more = later
             elif batch.is_full and goes_on:  # what is left in these shards the next turn of this loop sees

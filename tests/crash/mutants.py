@@ -92,7 +92,7 @@ MUTANTS = (
         (
             Edit(
                 "worker/lua/trim.lua",
-                "if redis.call('XRANGE', KEYS[1], ARGV[at + 1], ARGV[at + 1])[1] then\n"
+                "if find(ARGV[at + 1]) and find(ARGV[at + entries]) then\n"
                 "  redis.call('XDEL', KEYS[1], unpack(ARGV, at + 1, at + entries))\n",
                 "if true then\n"
                 "  local oldest = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', entries)\n"

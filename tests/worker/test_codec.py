@@ -113,6 +113,11 @@ class TestDecode:
         with pytest.raises(BadEntry):
             decode_entry(entry_id, fields(body=message_body(CONVERSATION, 7, "user", "x", "complete")))
 
+    @pytest.mark.parametrize("moment", ["-1", str(1 << 53), "253402300799999999"])
+    def test_a_time_that_postgres_would_not_keep_as_it_is(self, moment: str) -> None:
+        with pytest.raises(BadEntry):
+            decode_entry(b"%d-0" % ID, fields(body=message_body(CONVERSATION, 7, "user", "x", "complete"), moment=moment))
+
     def test_the_error_names_no_content(self) -> None:
         with pytest.raises(BadEntry) as refused:
             decode_entry(b"%d-0" % ID, fields("secret", b'{"secret":1}', "secret"))

@@ -168,6 +168,37 @@ class TestTrim:
             held = sum(entry.size for entry in everything[gone:])
             assert (int(redis.get(keys.backlog_bytes(shard))), redis.hgetall(keys.users(shard))) == (held, {b"%d" % user: b"%d" % held})
 
+    async def test_what_a_restored_redis_lacks_is_not_counted_down(self, redis, log, user, shard, conversation) -> None:
+        for i in range(5):
+            await log.append(user, conversation, "user", str(i))
+        batch = self._entries(redis, shard)
+        for entry in batch[3:]:  # it was restored from before these, and counts as it did then
+            redis.xdel(keys.log(shard), entry.id)
+            redis.decrby(keys.backlog_bytes(shard), entry.size)
+            redis.hincrby(keys.users(shard), str(user), -entry.size)
+        later = await log.append(user, conversation, "user", "later")
+        pending.trim(redis, [pending.Trim(shard, batch, keys.entry_number(batch[-1].id))], ttl_seconds=900, messages_kept=10)
+        [left] = self._entries(redis, shard)
+        assert keys.entry_number(left.id) == later.message.id
+        assert (int(redis.get(keys.backlog_bytes(shard))), int(redis.hget(keys.users(shard), str(user)))) == (left.size, left.size)
+
+    async def test_goes_on_where_redis_is_full(self, redis, log, user, shard, conversation) -> None:
+        """Also where there is nothing left to be removed."""
+        await log.append(user, conversation, "user", "x")
+        batch = self._entries(redis, shard)
+        try:
+            redis.config_set("maxmemory", 1)
+            for _ in range(2):
+                pending.trim(
+                    redis,
+                    [pending.Trim(shard, batch, keys.entry_number(batch[-1].id), [(conversation, user)])],
+                    ttl_seconds=900,
+                    messages_kept=10,
+                )
+        finally:
+            redis.config_set("maxmemory", 0)
+        assert redis.xlen(keys.log(shard)) == 0
+
     async def test_a_conversation_whose_copy_is_gone_is_settled_too(self, settings, redis, log, user, shard) -> None:
         conversation = (await log.create(user, None, key=client_key("a"))).conversation.id
         redis.delete(keys.conversation(shard, conversation))  # somebody emptied the cache by hand

@@ -1,6 +1,7 @@
 -- Removes exactly these entries from the log, after the commit that made them safe. Safe to run twice, and late.
--- Whoever trims begins with the first entry of the log and goes on in order. So if the first of these is there, all are, and they go in one
--- call, with the sums that the caller made; if it is not, somebody else was here, and each is looked at. (One by one took 2 µs for each.)
+-- Whoever trims begins with the first entry of the log and goes on in order. So if the first of these is there, all are (and the last, unless
+-- Redis was restored from an older state), and they go in one call, with the sums that the caller made; if not, each is looked at. (One by one
+-- took 2 µs for each.)
 -- KEYS 1 log  2 committed  3 bytes  4 wake  5 users, then for each conversation: conversation, messages, retry keys, load lease, changed, created keys,
 --      events
 -- ARGV 1 ttl (s)  2 ttl of what hangs on a conversation (s)  3 committed messages to keep  4 the highest id among the entries, or 0
@@ -15,12 +16,16 @@ local function free(user, size)
   freed = freed + size
   freed_of[user] = (freed_of[user] or 0) + size
 end
-if redis.call('XRANGE', KEYS[1], ARGV[at + 1], ARGV[at + 1])[1] then
+local function find(id)
+  return redis.call('XRANGE', KEYS[1], id, id)[1]
+end
+if find(ARGV[at + 1]) and find(ARGV[at + entries]) then
   redis.call('XDEL', KEYS[1], unpack(ARGV, at + 1, at + entries))
   for i = at + entries + 1, at + entries + users do free(ARGV[i], tonumber(ARGV[i + users])) end
 else
+  redis.call('XDEL', KEYS[1], '0-0')  -- a script that begins with a deletion may go on over `maxmemory`
   for i = at + 1, at + entries do
-    local found = redis.call('XRANGE', KEYS[1], ARGV[i], ARGV[i])[1]
+    local found = find(ARGV[i])
     if found then
       redis.call('XDEL', KEYS[1], ARGV[i])
       local field = {}
