@@ -78,7 +78,7 @@ def peers(stand: Stand) -> list[Figure]:
     return peer_figures(json.loads(out.read_text()))
 
 
-DEFAULT_PEERS = "chatkeep,lc_async,langgraph_exit,oai_sqla,oai_redis,chainlit,sqlmodel_async,http_sqlmodel,http_asyncpg,raw_asyncpg"
+DEFAULT_PEERS = "chatkeep,lc_sync,lc_async,langgraph_exit,oai_sqla,oai_redis,chainlit,sqlmodel_async,raw_asyncpg"
 REFERENCES = ("raw_asyncpg", "raw_redis", "http_asyncpg", "http_sqlmodel", "chatkeep")
 """Written by hand for comparison; a peer is what people use."""
 
