@@ -7,11 +7,12 @@ History is put together from these bytes; nothing decodes them on the way out.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, overload
 
 import orjson
 
@@ -49,35 +50,57 @@ class Stored(NamedTuple):
         return b'{"id":%d,%s,"created_at":"%s","state":"%s"}' % (self.id, self.body[1:-1], rfc3339(self.microseconds).encode(), state)
 
 
-class CachedMessages(Sequence[Stored]):
-    """Messages as Redis holds them, each (b"<id>-0", [b"t", microseconds, b"b", body]): taken apart only for who looks at one.
+class GivenMessages(Sequence[Stored], ABC):
+    """Messages as a store gave them: taken apart only for who looks at one. A page of them goes out as it lies there."""
 
-    A page goes out as it lies there: a `Stored` and its `public` for each of 50 messages took 82 µs, this takes 27.
-    """
+    __slots__ = ("_given",)
 
-    __slots__ = ("_entries",)
-
-    def __init__(self, entries: Sequence[Any]) -> None:
-        self._entries = entries
+    def __init__(self, given: Sequence[Any]) -> None:
+        self._given = given
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._given)
 
     @overload
     def __getitem__(self, index: int) -> Stored: ...
 
     @overload
-    def __getitem__(self, index: slice) -> CachedMessages: ...
+    def __getitem__(self, index: slice) -> Self: ...
 
-    def __getitem__(self, index: int | slice) -> Stored | CachedMessages:
-        if isinstance(index, slice):
-            return CachedMessages(self._entries[index])
-        entry_id, fields = self._entries[index]
+    def __getitem__(self, index: int | slice) -> Stored | Self:
+        return self._part(self._given[index]) if isinstance(index, slice) else self._stored(self._given[index])
+
+    @abstractmethod
+    def _part(self, given: Sequence[Any]) -> Self:
+        """Some of them."""
+
+    @abstractmethod
+    def _stored(self, given: Any) -> Stored:
+        """One of them, taken apart."""
+
+    @abstractmethod
+    def public(self, committed: int) -> bytes:
+        """What `Stored.public` gives for each of them, with commas between."""
+
+
+class CachedMessages(GivenMessages):
+    """Messages as Redis holds them, each (b"<id>-0", [b"t", microseconds, b"b", body]), in the order of their ids where they are put out.
+
+    A `Stored` and its `public` for each of 50 messages took 82 µs, this takes 27.
+    """
+
+    __slots__ = ()
+
+    def _part(self, given: Sequence[Any]) -> Self:
+        return type(self)(given)
+
+    def _stored(self, given: Any) -> Stored:
+        entry_id, fields = given
         return Stored(_number(entry_id), int(fields[1]), fields[3])
 
     def public(self, committed: int) -> bytes:
-        """What `Stored.public` gives for each of them, which are in the order of their ids, with commas between."""
-        entries = self._entries
+        """As above."""
+        entries = self._given
         seam = bisect_right(entries, committed, key=lambda entry: _number(entry[0]))
         return b",".join(_public(entries[:seam], b"committed") + _public(entries[seam:], b"pending"))
 
@@ -94,34 +117,27 @@ def _number(entry_id: bytes) -> int:
     return int(entry_id[:-2])  # without "-0"
 
 
-class CommittedMessages(Sequence[Stored]):
-    """Messages of a conversation as rows of Postgres (id, role, content, created_at, status, …): taken apart only for who looks at one.
+class CommittedMessages(GivenMessages):
+    """Messages of a conversation as rows of Postgres (id, role, content, created_at, status, …).
 
-    A page of them goes out as one document: a `Stored` and its `public` for each of 50 messages took 94 µs, this takes 22.
+    A `Stored` and its `public` for each of 50 messages took 94 µs, this takes 22.
     """
 
-    __slots__ = ("_conversation_id", "_rows", "_user_id")
+    __slots__ = ("_conversation_id", "_user_id")
 
     def __init__(self, conversation_id: int, user_id: int, rows: Sequence[Sequence[Any]]) -> None:
-        self._conversation_id, self._user_id, self._rows = conversation_id, user_id, rows
+        super().__init__(rows)
+        self._conversation_id, self._user_id = conversation_id, user_id
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def _part(self, given: Sequence[Any]) -> Self:
+        return type(self)(self._conversation_id, self._user_id, given)
 
-    @overload
-    def __getitem__(self, index: int) -> Stored: ...
+    def _stored(self, given: Any) -> Stored:
+        body = message_body(self._conversation_id, self._user_id, given[1], given[2], given[4])
+        return Stored(given[0], to_microseconds(given[3]), body)
 
-    @overload
-    def __getitem__(self, index: slice) -> CommittedMessages: ...
-
-    def __getitem__(self, index: int | slice) -> Stored | CommittedMessages:
-        if isinstance(index, slice):
-            return CommittedMessages(self._conversation_id, self._user_id, self._rows[index])
-        row = self._rows[index]
-        return Stored(row[0], to_microseconds(row[3]), message_body(self._conversation_id, self._user_id, row[1], row[2], row[4]))
-
-    def public(self) -> bytes:
-        """What `Stored.public` gives for each of them, with commas between."""
+    def public(self, committed: int) -> bytes:
+        """As above; they are committed, whatever Redis knows."""
         conversation_id, user_id = self._conversation_id, self._user_id
         messages = [
             {
@@ -135,16 +151,14 @@ class CommittedMessages(Sequence[Stored]):
                 "created_at": row[3] if row[3].microsecond else rfc3339(to_microseconds(row[3])),
                 "state": "committed",
             }
-            for row in self._rows
+            for row in self._given
         ]
         return orjson.dumps(messages, option=orjson.OPT_UTC_Z)[1:-1]
 
 
 def public(messages: Sequence[Stored], committed: int) -> bytes:
     """Messages of the contract as JSON, with commas between."""
-    if isinstance(messages, CommittedMessages):
-        return messages.public()
-    if isinstance(messages, CachedMessages):
+    if isinstance(messages, GivenMessages):
         return messages.public(committed)
     return b",".join(message.public(committed) for message in messages)
 
