@@ -690,18 +690,18 @@ def fetch(
                 entries = [RawEntry(entry_id, fields) for entry_id, fields in page]
                 part.setdefault(shard, []).extend(entries)
                 held += len(entries)
+                total += len(entries)
                 size += sum(entry.size for entry in entries)
                 if len(page) == count:
                     full[shard] = _beyond(entries[-1].id)
-        has_room = size < bytes_max and total + held < entries_max
-        going = dict(list(full.items())[: entries_max - total - held]) if has_room else {}
+        has_room = size < bytes_max and total < entries_max
+        going = dict(list(full.items())[: entries_max - total]) if has_room else {}
         if part and (not going or held > part_size - len(going)):
             yield part
-            total += held
             part, held, part_size = {}, 0, min(2 * part_size, _PART)
         if going:
-            average = size // (total + held)  # a page of the largest messages would take 300 MB
-            most = min(part_size - held, entries_max - total - held, (bytes_max - size) // average + 1)
+            average = size // total  # a page of the largest messages would take 300 MB
+            most = min(part_size - held, entries_max - total, (bytes_max - size) // average + 1)
             count = max(1, most // len(going))
 
 
