@@ -178,9 +178,7 @@ class TestCrash:
 class TestBatches:
     async def test_the_log_goes_in_batches_in_its_order(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:
         monkeypatch.setattr(settings, "flush_batch_max", 3)
-        said = [str(i) for i in range(20)]
-        for content in said:
-            await log.append(user, conversation, "user", content)
+        said = await say(log, user, conversation, 20)
         report = flush_shard(redis, settings, shard)
         assert (report.batches, report.entries, report.messages, report.more) == (7, 21, 20, [])
         assert core.contents(conversation) == said
@@ -268,8 +266,7 @@ class TestBeside:
     async def test_postgres_away_in_a_part_leaves_the_log_whole(
         self, settings, redis, log, user, shard, conversation, threads, monkeypatch, part
     ) -> None:
-        for i in range(9):
-            await log.append(user, conversation, "user", str(i))
+        await say(log, user, conversation, 9)
         persist = flush.persist_batch
 
         def away(cursor, *arguments):
@@ -288,8 +285,7 @@ class TestBeside:
     async def test_redis_away_while_a_part_is_written_waits_for_it_and_commits_nothing(
         self, settings, redis, log, user, shard, conversation, threads, monkeypatch
     ) -> None:
-        for i in range(9):
-            await log.append(user, conversation, "user", str(i))
+        await say(log, user, conversation, 9)
         persist, pages, writing = flush.persist_batch, pending._pages, threading.Event()
         written = []
 
@@ -327,9 +323,7 @@ class TestTrimBeside:
     async def test_what_is_committed_and_still_there_is_not_read_again(
         self, settings, redis, log, user, shard, conversation, monkeypatch
     ) -> None:
-        said = [str(i) for i in range(17)]
-        for content in said:
-            await log.append(user, conversation, "user", content)
+        said = await say(log, user, conversation, 17)
         trim, commit, steps = pending.trim, flush._commit, []
 
         def late(*arguments, **named):
@@ -354,9 +348,7 @@ class TestTrimBeside:
     async def test_redis_away_meanwhile_fails_the_flush_and_the_next_one_finds_the_rest(
         self, settings, redis, log, user, shard, conversation, monkeypatch
     ) -> None:
-        said = [str(i) for i in range(17)]
-        for content in said:
-            await log.append(user, conversation, "user", content)
+        said = await say(log, user, conversation, 17)
 
         def away(*_, **__):
             raise RedisUnavailable()
@@ -597,3 +589,11 @@ class TestReport:
         printed = "".join(capsys.readouterr())
         assert "dead_letters=1" in printed
         assert "secret" not in printed
+
+
+async def say(log: pending.PendingLog, user: int, conversation: int, count: int) -> list[str]:
+    """Appends so many messages, one after the other."""
+    said = [str(i) for i in range(count)]
+    for content in said:
+        await log.append(user, conversation, "user", content)
+    return said

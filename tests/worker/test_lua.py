@@ -121,17 +121,16 @@ class TestTrim:
     def _entries(self, redis: Redis, shard: int) -> list[pending.RawEntry]:
         return core.fetched(redis, shard)
 
+    def _trim(self, redis: Redis, shard: int, batch: list[pending.RawEntry], *conversations: tuple[int, int]) -> pending.Trimmed:
+        one = pending.Trim(shard, batch, keys.entry_number(batch[-1].id) or 0, conversations)
+        return pending.trim(redis, [one], ttl_seconds=900, messages_kept=10)[0]
+
     async def test_run_twice_and_late_it_does_nothing_more(self, settings, redis, log, user, shard, conversation) -> None:
         await log.append(user, conversation, "user", "1", key=client_key("a"))
         batch = self._entries(redis, shard)
 
         def trim() -> pending.Trimmed:
-            return pending.trim(
-                redis,
-                [pending.Trim(shard, batch, keys.entry_number(batch[-1].id), [(conversation, user)])],
-                ttl_seconds=900,
-                messages_kept=10,
-            )[0]
+            return self._trim(redis, shard, batch, (conversation, user))
 
         assert trim() == pending.Trimmed(0, True)
         core.assert_clean(redis, settings)
@@ -152,7 +151,7 @@ class TestTrim:
         everything = self._entries(redis, shard)
         batch = everything[:3]
         redis.xdel(keys.log(shard), batch[1].id)
-        pending.trim(redis, [pending.Trim(shard, batch, keys.entry_number(batch[-1].id))], ttl_seconds=900, messages_kept=10)
+        self._trim(redis, shard, batch)
         assert self._entries(redis, shard) == everything[3:]
         assert int(redis.get(keys.backlog_bytes(shard))) == sum(entry.size for entry in everything[3:])
 
@@ -163,7 +162,7 @@ class TestTrim:
         everything = self._entries(redis, shard)
         for end, gone in ((2, 2), (4, 4), (3, 4)):
             batch = everything[:end]
-            pending.trim(redis, [pending.Trim(shard, batch, keys.entry_number(batch[-1].id))], ttl_seconds=900, messages_kept=10)
+            self._trim(redis, shard, batch)
             assert self._entries(redis, shard) == everything[gone:]
             held = sum(entry.size for entry in everything[gone:])
             assert (int(redis.get(keys.backlog_bytes(shard))), redis.hgetall(keys.users(shard))) == (held, {b"%d" % user: b"%d" % held})
@@ -177,7 +176,7 @@ class TestTrim:
             redis.decrby(keys.backlog_bytes(shard), entry.size)
             redis.hincrby(keys.users(shard), str(user), -entry.size)
         later = await log.append(user, conversation, "user", "later")
-        pending.trim(redis, [pending.Trim(shard, batch, keys.entry_number(batch[-1].id))], ttl_seconds=900, messages_kept=10)
+        self._trim(redis, shard, batch)
         [left] = self._entries(redis, shard)
         assert keys.entry_number(left.id) == later.message.id
         assert (int(redis.get(keys.backlog_bytes(shard))), int(redis.hget(keys.users(shard), str(user)))) == (left.size, left.size)
@@ -189,12 +188,7 @@ class TestTrim:
         try:
             redis.config_set("maxmemory", 1)
             for _ in range(2):
-                pending.trim(
-                    redis,
-                    [pending.Trim(shard, batch, keys.entry_number(batch[-1].id), [(conversation, user)])],
-                    ttl_seconds=900,
-                    messages_kept=10,
-                )
+                self._trim(redis, shard, batch, (conversation, user))
         finally:
             redis.config_set("maxmemory", 0)
         assert redis.xlen(keys.log(shard)) == 0

@@ -306,8 +306,7 @@ class TestCreate:
 
         await log.create(user, None)
         flush_shard(redis, settings, shard)
-        hour_ahead = int(redis.get(keys.clock(shard))) + 3600 * 100_000
-        redis.set(keys.clock(shard), hour_ahead)
+        hour_ahead = an_hour_ahead(redis, shard)
         monkeypatch.setattr(log._scripts, "run", emptied_meanwhile)
         first = await log.create(user, "one")
         flush_shard(redis, settings, shard)
@@ -779,7 +778,7 @@ class TestClock:
         self, settings, redis, log, user, shard, conversation
     ) -> None:
         await log.append(user, conversation, "user", "a")
-        redis.set(keys.clock(shard), int(redis.get(keys.clock(shard))) + 3600 * 100_000)
+        an_hour_ahead(redis, shard)
         await log.append(user, conversation, "user", "b")
         flush_shard(redis, settings, shard)
         core.forget(redis, user, conversation, settings)
@@ -792,7 +791,7 @@ class TestClock:
 
     async def test_nor_does_a_title_there_get_an_id_of_before(self, settings, redis, log, user, shard, conversation) -> None:
         """It would pass for one that is committed, and not be written."""
-        redis.set(keys.clock(shard), int(redis.get(keys.clock(shard))) + 3600 * 100_000)
+        an_hour_ahead(redis, shard)
         await log.append(user, conversation, "user", "a")
         flush_shard(redis, settings, shard)
         redis.set(keys.clock(shard), 1)
@@ -803,7 +802,7 @@ class TestClock:
 
     async def test_a_seed_waits_for_a_flush_that_is_under_way(self, settings, redis, log, user, shard, conversation) -> None:
         """What a wiped Redis had numbered may still be on its way into Postgres."""
-        redis.set(keys.clock(shard), int(redis.get(keys.clock(shard))) + 3600 * 100_000)
+        an_hour_ahead(redis, shard)
         first = (await log.append(user, conversation, "user", "a")).message.id
         with core.gates():
             flusher = core.Flusher(lambda: flush_shard(redis, settings, shard))
@@ -825,7 +824,7 @@ class TestClock:
         self, settings, redis, log, user, shard, conversation
     ) -> None:
         """Others have gone beyond what Postgres knew when the slow one asked; the server's clock is behind, so only the seed can tell."""
-        self._an_hour_ahead(redis, shard)
+        an_hour_ahead(redis, shard)
         await log.append(user, conversation, "user", "a")
         core.flush_all(redis, settings)
         redis.flushall()
@@ -842,7 +841,7 @@ class TestClock:
 
     async def test_who_dies_in_a_seed_and_who_is_slow_keep_nobody_waiting(self, settings, redis, log, user, shard, conversation) -> None:
         """Of several at once each may be the first, also with the token of a dead one, from before the server's clock was set back."""
-        self._an_hour_ahead(redis, shard)
+        an_hour_ahead(redis, shard)
         await log.append(user, conversation, "user", "a")
         core.flush_all(redis, settings)
         redis.flushall()
@@ -859,10 +858,6 @@ class TestClock:
         await halves.finish(slow)
         assert not redis.exists(keys.seeding(shard))
         assert sorted(await core.shown(log, user, conversation)) == sorted([*texts, "a", "slow"])
-
-    @staticmethod
-    def _an_hour_ahead(redis, shard: int) -> None:
-        redis.set(keys.clock(shard), int(redis.get(keys.clock(shard))) + 3600 * 100_000)
 
 
 class TestWipedCache:
@@ -1176,3 +1171,10 @@ class TestWakeUp:
         redis.xadd(keys.log(shard), {"x": "y"}, id=f"{keys.first_id_at(now - 40_000_000, shard)}-0")
         await log.append(user, conversation, "user", "x")
         assert redis.pttl(keys.wake(shard)) == pytest.approx(20_000, abs=2000)
+
+
+def an_hour_ahead(redis, shard: int) -> int:
+    """Puts a shard's clock where it would be if the server's had been set back an hour since; answers the tick."""
+    tick = int(redis.get(keys.clock(shard))) + 3600 * 100_000
+    redis.set(keys.clock(shard), tick)
+    return tick
