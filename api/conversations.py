@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import orjson
@@ -11,14 +12,25 @@ from api import history
 from api.dependencies import AppSettings, ConversationId, CurrentUser, HistoryPage, IdempotencyKey, Log, Page
 from api.errors import problems
 from api.metrics import ACCEPTED
-from api.schemas import ConversationChange, ConversationOut, ConversationPage, MessageOut, MessagePage, NewConversation, NewMessage
+from api.schemas import (
+    ConversationChange,
+    ConversationOut,
+    ConversationPage,
+    MessageOut,
+    MessagePage,
+    MessagesOut,
+    NewConversation,
+    NewMessage,
+    NewMessages,
+)
 from worker import crashpoints
 from worker.codec import public, rfc3339
 from worker.loading import ConversationState
-from worker.pending import PendingLog, client_key
+from worker.pending import Appended, Draft, PendingLog, client_key
 from worker.settings import Settings
 
 MESSAGES_ROUTE = "/api/conversations/{conversation_id}/messages"
+BATCH_ROUTE = MESSAGES_ROUTE + "/batch"
 router = APIRouter(prefix="/api/conversations", tags=["conversations"])
 
 
@@ -77,12 +89,37 @@ async def add_message(
 
 async def add(log: PendingLog, settings: Settings, user_id: int, conversation_id: int, body: NewMessage, key: str | None) -> Response:
     """The same, also for `api/fast.py`."""
-    crashpoints.visit("append:validated")
-    appended = await log.append(user_id, conversation_id, body.role, body.content, key=client_key(key) if key else None)
-    if not appended.replayed:
-        ACCEPTED.inc()
-    crashpoints.visit("append:before_answer")
+    [appended] = await _append(log, user_id, conversation_id, (body,), key)
     return as_json(appended.message.public(appended.committed), 201, acknowledgement(settings, appended.replayed))
+
+
+@router.post(
+    "/{conversation_id}/messages/batch", status_code=201, response_model=MessagesOut, responses=problems(401, 404, 413, 422, 429, 503)
+)
+async def add_messages(
+    user: CurrentUser, log: Log, settings: AppSettings, conversation_id: ConversationId, body: NewMessages, key: IdempotencyKey = None
+) -> Response:
+    """Adds up to 100 messages at once, such as a question and its answer: all of them are safe when the answer leaves, or none is there."""
+    return await add_all(log, settings, user.id, conversation_id, body, key)
+
+
+async def add_all(log: PendingLog, settings: Settings, user_id: int, conversation_id: int, body: NewMessages, key: str | None) -> Response:
+    """The same, also for `api/fast.py`."""
+    appended = await _append(log, user_id, conversation_id, body.messages, key)
+    items = b",".join(one.message.public(one.committed) for one in appended)
+    return as_json(b'{"items":[%s]}' % items, 201, acknowledgement(settings, appended[0].replayed))
+
+
+async def _append(
+    log: PendingLog, user_id: int, conversation_id: int, messages: Sequence[NewMessage], key: str | None
+) -> Sequence[Appended]:
+    crashpoints.visit("append:validated")
+    drafts = [Draft(message.role, message.content) for message in messages]
+    appended = await log.append_all(user_id, conversation_id, drafts, key=client_key(key) if key else None)
+    if not appended[0].replayed:
+        ACCEPTED.inc(len(appended))
+    crashpoints.visit("append:before_answer")
+    return appended
 
 
 @router.get("/{conversation_id}/messages", response_model=MessagePage, responses=problems(401, 404, 422, 503))

@@ -1,4 +1,4 @@
-"""The two calls that a chat makes all the time, before FastAPI: adding a message, and reading a page of them.
+"""The calls that a chat makes all the time, before FastAPI: adding a message (or several), and reading a page of them.
 
 Of the CPU that an append took in this process, more than half was FastAPI's and that of the middlewares around it. The server asks `answer`
 first. That takes a call only if it is usual in every respect, and does at once what they would have done together. Whatever is unusual or
@@ -21,16 +21,16 @@ from starlette.datastructures import State
 from starlette.types import Message, Receive, Scope, Send
 
 from api import errors, metrics
-from api.conversations import MESSAGES_ROUTE, add, list_page
+from api.conversations import BATCH_ROUTE, MESSAGES_ROUTE, add, add_all, list_page
 from api.middleware import ON_API
-from api.schemas import IDEMPOTENCY_KEY, PAGE_DEFAULT, PAGE_MAX, NewMessage, Page
+from api.schemas import IDEMPOTENCY_KEY, PAGE_DEFAULT, PAGE_MAX, NewMessage, NewMessages, Page
 from api.tokens import Credentials, User, credentials, user_at_once
 from worker.errors import ChatkeepError
 from worker.keys import ID_LIMIT
 
 Headers = dict[bytes, bytes]
 
-_PATH = re.compile(r"/api/conversations/([1-9][0-9]{0,15})/messages")
+_PATH = re.compile(r"/api/conversations/([1-9][0-9]{0,15})/messages(/batch)?")
 _KEY = re.compile(IDEMPOTENCY_KEY.encode())
 _QUERY = re.compile(rb"(?:limit=(\d{1,3}))?(?:(?:^|&)(before|after)=([1-9]\d{0,15}))?")
 
@@ -43,7 +43,8 @@ async def answer(state: State, scope: Scope, receive: Receive, send: Send) -> Re
     started = time.perf_counter()
     headers: Headers = dict(scope["headers"])
     method: str = scope["method"]
-    if len(headers) != len(scope["headers"]) or method not in ("GET", "POST"):  # a header that comes twice
+    batch = path[2] is not None
+    if len(headers) != len(scope["headers"]) or method not in (("POST",) if batch else ("GET", "POST")):  # a header that comes twice
         return receive
     user = _user(state, scope, headers)
     if user is None:
@@ -52,22 +53,26 @@ async def answer(state: State, scope: Scope, receive: Receive, send: Send) -> Re
         if not _is_usual_post(headers, state.settings.body_bytes_max):
             return receive
         received = await receive()
-        message = _message(received, state.settings.body_bytes_max)
-        if message is None:
+        body = _body(received, NewMessages if batch else NewMessage, state.settings.body_bytes_max)
+        if body is None:
             scope[metrics.STARTED] = started
             return _again(received, receive)
-        key = headers.get(b"idempotency-key")
-        response = add(state.log, state.settings, user.id, conversation_id, message, key.decode() if key else None)
+        given = headers.get(b"idempotency-key")
+        key = given.decode() if given else None
+        if isinstance(body, NewMessages):
+            response = add_all(state.log, state.settings, user.id, conversation_id, body, key)
+        else:
+            response = add(state.log, state.settings, user.id, conversation_id, body, key)
     else:
         page = _page(scope["query_string"])
         if page is None or b"content-length" in headers:  # whose length is a matter of the body's limit
             return receive
         response = list_page(state.log, user.id, conversation_id, page)
-    await _send(response, state, method, started, send)
+    await _send(response, state, method, BATCH_ROUTE if batch else MESSAGES_ROUTE, started, send)
     return None
 
 
-async def _send(working: Awaitable[Response], state: State, method: str, started: float, send: Send) -> None:
+async def _send(working: Awaitable[Response], state: State, method: str, route: str, started: float, send: Send) -> None:
     """What the layers around a route do: the answer to an error, the headers, the measurement."""
     status = 0  # stays so if this is cancelled
     try:
@@ -79,7 +84,7 @@ async def _send(working: Awaitable[Response], state: State, method: str, started
         await send({"type": "http.response.start", "status": status, "headers": [*response.raw_headers, *ON_API]})
         await send({"type": "http.response.body", "body": response.body})
     finally:
-        metrics.observe(method, MESSAGES_ROUTE, status, time.perf_counter() - started)
+        metrics.observe(method, route, status, time.perf_counter() - started)
 
 
 async def _done(working: Awaitable[Response], state: State) -> Response:
@@ -113,13 +118,13 @@ def _is_usual_post(headers: Headers, bytes_max: int) -> bool:
     )
 
 
-def _message(received: Message, bytes_max: int) -> NewMessage | None:
+def _body(received: Message, kind: type[NewMessage | NewMessages], bytes_max: int) -> NewMessage | NewMessages | None:
     """What was sent, if it came in one piece and is valid. (Where the client has left instead, there is no body, which is not.)"""
     body: bytes = received.get("body", b"")
     if received.get("more_body") or len(body) > bytes_max:
         return None
     try:
-        return NewMessage.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError:
         return None
 

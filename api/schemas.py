@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from worker.errors import NotFound
 from worker.keys import ID_LIMIT
+from worker.pending import MESSAGES_PER_CALL_MAX
 from worker.settings import get_settings
 from worker.text import TITLE_CHARS_MAX, check_text, is_unicode
 
@@ -100,6 +101,12 @@ class NewMessage(Body):
     content: Content
 
 
+class NewMessages(Body):
+    """Messages that are stored together: all of them or none, in this order, next to each other."""
+
+    messages: Annotated[list[NewMessage], Field(min_length=1, max_length=MESSAGES_PER_CALL_MAX)]
+
+
 class ChatStart(Body):
     """A new conversation, with a title or without, or one to go on with."""
 
@@ -170,6 +177,10 @@ class MessageOut(BaseModel):
     created_at: Time
     status: Literal["complete", "incomplete"]
     state: Literal["pending", "committed"]
+
+
+class MessagesOut(BaseModel):
+    items: list[MessageOut]
 
 
 class MessagePage(BaseModel):

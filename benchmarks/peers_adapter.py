@@ -2,7 +2,7 @@
 
 It runs in the peers' Python, which has none of Chatkeep's packages, so everything of ours is another process (`benchmarks/peers_stand.py`,
 run by CHATKEEP_PYTHON in CHATKEEP_ROOT) and is spoken to over HTTP. The peers are called as libraries: that is their advantage. A turn is
-two requests, the user's message and the reply, one after the other. What is read or written is known to Redis, as in a service that runs.
+one request with two messages, as it is one call of theirs. What is read or written is known to Redis, as in a service that runs.
 """
 
 from __future__ import annotations
@@ -83,12 +83,13 @@ class Chatkeep(Adapter):  # type: ignore[misc]  # the peers' module has no types
             await self.read(number)
 
     async def turn(self, w: int, conv: int, user: str, assistant: str) -> None:
-        for role, text in (("user", user), ("assistant", assistant)):
-            body = json.dumps({"role": role, "content": text}).encode()
-            head = (
-                f"POST {path(conv)} HTTP/1.1\r\n{self.head[uid(conv)]}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            )
-            await self.clients[w].ask(head.encode() + body)
+        said = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+        body = json.dumps({"messages": said}).encode()
+        head = (
+            f"POST {path(conv)}/batch HTTP/1.1\r\n{self.head[uid(conv)]}Content-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        await self.clients[w].ask(head.encode() + body)
 
     async def read(self, conv: int) -> list[Any]:
         answer = await self.clients[0].ask(f"GET {path(conv)}?limit=50 HTTP/1.1\r\n{self.head[uid(conv)]}\r\n".encode())

@@ -35,7 +35,7 @@ from tests import core
 from worker import keys
 from worker.database import dispose
 from worker.flush import flush_shard, flush_shards
-from worker.pending import PendingLog
+from worker.pending import Draft, PendingLog
 from worker.redis import connect, connect_sync
 from worker.settings import Settings, get_settings
 
@@ -89,6 +89,14 @@ class TestAccept:
             for i in range(20):
                 await log.append(user, conversation, "user", sentence(i), key=f"k:{i}")
             assert counted.redis.flights == 20
+            assert counted.postgres.flights == 0
+
+    @pytest.mark.anyio
+    async def test_messages_that_come_together_are_one_round_trip(self, counted: Counted) -> None:
+        async with writing(counted) as (log, user, conversation):
+            counted.reset()
+            await log.append_all(user, conversation, [Draft("user", sentence(i)) for i in range(20)], key="k:a")
+            assert counted.redis.flights == 1
             assert counted.postgres.flights == 0
 
     @pytest.mark.anyio

@@ -28,8 +28,8 @@ Kind: TypeAlias = Literal["c", "m", "r", "d"]
 ENTRY_OVERHEAD_BYTES = 100
 """About what Redis needs for an entry beside its fields, in the log and in the conversation's messages together."""
 
-KEY_CHARS_MAX = 202
-"""A client's key has at most 200 characters and a prefix; see `client_key` in `worker/pending.py`."""
+KEY_CHARS_MAX = 205
+"""A client's key has at most 200 characters and a prefix; see `client_key` and `nth_key` in `worker/pending.py`."""
 HASH_CHARS_MAX = 64
 HASH_SQL = "left(encode(sha256(convert_to(role || chr(31) || status || chr(31) || content, 'UTF8')), 'hex'), 32)"
 _UNIX = datetime(1970, 1, 1, tzinfo=UTC)

@@ -6,10 +6,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 
-from sqlalchemy import Connection, text
+from sqlalchemy import text
 
 from worker.codec import HASH_SQL, CommittedMessages, Stored, to_microseconds
 from worker.database import read_rows, transaction
@@ -88,39 +89,34 @@ _LOAD = text(
 """The conversation (its row has no id), its latest messages, and the values of its latest retry keys (whose rows have no role)."""
 
 
-def find_message(conversation_id: int, user_id: int, message_id: int, seconds: float) -> Stored | None:
-    """One committed message."""
+def find_messages(conversation_id: int, user_id: int, ids: Sequence[int], seconds: float) -> CommittedMessages:
+    """Those of these messages that are committed, in the order of their ids."""
+    values = {"conversation": conversation_id, "user": user_id, "ids": list(ids)}
     with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
-        row = connection.execute(
-            text(
-                "SELECT id, role, content, created_at, status FROM message "
-                "WHERE conversation_id = :conversation AND user_id = :user AND id = :id"
-            ),
-            {"conversation": conversation_id, "user": user_id, "id": message_id},
-        ).one_or_none()
-    return None if row is None else CommittedMessages(conversation_id, user_id, [row])[0]
+        rows = connection.execute(_MESSAGES, values).all()
+    return CommittedMessages(conversation_id, user_id, sorted(rows, key=itemgetter(0)))
 
 
-def find_retry_key(conversation_id: int, user_id: int, key: str, seconds: float) -> tuple[tuple[str, str], ...]:
-    """The key with its value as the cache keeps them, and that of the reply to its message; empty if Postgres does not know the key."""
+_MESSAGES = text(
+    "SELECT id, role, content, created_at, status FROM message WHERE conversation_id = :conversation AND user_id = :user AND id = ANY(:ids)"
+)
+
+
+def find_retry_keys(conversation_id: int, user_id: int, keys: Sequence[str], seconds: float) -> tuple[tuple[str, str], ...]:
+    """Those of these keys that Postgres knows, with their values as the cache keeps them; and that of the reply to the first's message."""
     with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
-        found = _key(connection, conversation_id, user_id, key)
-        if found is None:
-            return ()
-        reply_key = "r:" + found[1].partition(":")[0]
-        reply = _key(connection, conversation_id, user_id, reply_key)
-    return (found,) if reply is None else (found, reply)
+        values = {"conversation": conversation_id, "user": user_id}
+        found = [(key, value) for key, value in connection.execute(_KEYS, values | {"keys": list(keys)})]
+        first = next((value for key, value in found if key == keys[0]), None)
+        if first is not None:
+            found += [(key, value) for key, value in connection.execute(_KEYS, values | {"keys": ["r:" + first.partition(":")[0]]})]
+    return tuple(found)
 
 
-def _key(connection: Connection, conversation_id: int, user_id: int, key: str) -> tuple[str, str] | None:
-    value = connection.execute(
-        text(
-            f"SELECT id || ':' || {HASH_SQL} FROM message "
-            "WHERE conversation_id = :conversation AND user_id = :user AND idempotency_key = :key"
-        ),
-        {"conversation": conversation_id, "user": user_id, "key": key},
-    ).scalar_one_or_none()
-    return None if value is None else (key, value)
+_KEYS = text(
+    f"SELECT idempotency_key, id || ':' || {HASH_SQL} FROM message "
+    "WHERE conversation_id = :conversation AND user_id = :user AND idempotency_key = ANY(:keys)"
+)
 
 
 def load_created_keys(user_id: int, seconds: float) -> tuple[tuple[tuple[str, str], ...], bool]:

@@ -73,6 +73,8 @@ LOAD_LEASE_MS = 2500
 """Longer than a load (or a seed) may take (`postgres_timeout_seconds`): a loader that is later than this finds its lease gone."""
 ANSWER_WITHIN_SECONDS = 1.9
 """Whatever cannot be answered in 2 s is refused."""
+MESSAGES_PER_CALL_MAX = 100
+"""Messages that come together. The script that appends them keeps everybody else waiting for 15 µs each."""
 EXTRA_TTL_SECONDS = 60
 """What hangs on a conversation outlives it, so that a known conversation never lacks its messages."""
 CLOCK_AHEAD_MS = 366 * 86_400_000
@@ -84,6 +86,14 @@ _FETCH_PAGE_FIRST = 50
 _PART_FIRST, _PART = 500, 2500
 """Entries of a part of a batch. Each is twice as large as the one before, because Postgres takes twice as long to write one as it takes to
 fetch and decode it. With 1,000 at most, what a part costs Postgres beside its rows was 6 of 21 µs a row."""
+
+
+class Draft(NamedTuple):
+    """A message as it is sent."""
+
+    role: Role
+    content: str
+    status: Status = "complete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +174,21 @@ class PendingLog:
         turn: str | None = None,
         counted: bool = True,
     ) -> Appended:
-        """Appends a message; returns when it is fsynced.
+        """Appends a message; returns when it is fsynced. Takes and raises what `append_all` does."""
+        draft = Draft(role, content, status)
+        return (await self.append_all(user_id, conversation_id, (draft,), key=key, turn=turn, counted=counted))[0]
+
+    async def append_all(
+        self,
+        user_id: int,
+        conversation_id: int,
+        drafts: Sequence[Draft],
+        *,
+        key: str | None = None,
+        turn: str | None = None,
+        counted: bool = True,
+    ) -> list[Appended]:
+        """Appends messages (at least one) in their order, all or none; returns when they are fsynced.
 
         `key` is a retry key as it is stored (`client_key` or `reply_key` made it). `turn`: a new token to take the turn with.
         A reply is not `counted`: what it answers was.
@@ -172,10 +196,12 @@ class PendingLog:
         `RedisUnavailable` (the outcome is unknown), `PostgresUnavailable` (only for a conversation that Redis does not know).
         """
         shard = self._shard(user_id, conversation_id)
-        body = message_body(conversation_id, user_id, role, content, status)
         script_keys = self._append_keys(shard, user_id, conversation_id)
-        digest = request_hash(role, status, content) if key else ""
-        title = auto_title(content) if role == "user" else ""
+        bodies = [message_body(conversation_id, user_id, *draft) for draft in drafts]
+        messages: list[Argument] = []
+        for i, (role, content, status) in enumerate(drafts):
+            messages += (bodies[i], nth_key(key, i), request_hash(role, status, content)) if key else (bodies[i], "", "")
+        title = next((auto_title(draft.content) for draft in drafts if draft.role == "user"), "")
         asked = ""
         until = asyncio.get_running_loop().time() + ANSWER_WITHIN_SECONDS
 
@@ -184,18 +210,19 @@ class PendingLog:
                 "append",
                 script_keys,
                 (
-                    *(shard, user_id, conversation_id, body, key or "", digest, title, self._backlog.limit(shard), WAKE_LEASE_MS, asked),
-                    *(turn or "", TURN_LEASE_MS, self._settings.pending_bytes_per_user_max),
+                    *(shard, user_id, conversation_id, title, self._backlog.limit(shard), WAKE_LEASE_MS, asked, turn or "", TURN_LEASE_MS),
+                    self._settings.pending_bytes_per_user_max,
                     self._settings.messages_per_minute_max if counted else 0,
+                    nth_key(key, len(drafts)) if key else "",
+                    *messages,
                 ),
                 until=until,
             )
 
-        async def otherwise(answer: Any) -> Appended | None:
+        async def otherwise(answer: Any) -> list[Appended] | None:
             nonlocal asked
             if answer[0] == b"REPLAY":
-                stored = CachedMessages(answer[3])[0] if answer[3] else await self._committed(conversation_id, user_id, int(answer[1]))
-                return Appended(stored, int(answer[2]), replayed=True, reply_id=int(answer[4]) if answer[4] else None)
+                return await self._replayed(user_id, conversation_id, answer)
             if answer[0] == b"TOO_MANY":
                 raise TooManyMessages(ceil(answer[1] / 1000))
             if answer[0] == b"ASK_KEY" and key:
@@ -212,8 +239,10 @@ class PendingLog:
                 while answer[0] != b"OK" and (appended := await otherwise(answer)) is None:
                     answer = await ask()
         if appended is None:
-            self._woken(shard, answer[3])
-            appended = Appended(Stored(int(answer[1]), int(answer[2]), body), committed=0, replayed=False)
+            _, moment, woken, *ids = answer
+            self._woken(shard, woken)
+            stored = (Stored(int(number), int(moment), body) for number, body in zip(ids, bodies, strict=True))
+            appended = [Appended(message, committed=0, replayed=False) for message in stored]
         self._check_durability()
         return appended
 
@@ -470,17 +499,25 @@ class PendingLog:
         async with self._lease(lease) as token:
             if token is None:
                 return ""
-            pairs = await self.threads.run(partial(loading.find_retry_key, conversation_id, user_id, key, self._seconds))
+            nth_keys = [nth_key(key, n) for n in range(MESSAGES_PER_CALL_MAX)]  # if the first is known, the others have to be
+            pairs = await self.threads.run(partial(loading.find_retry_keys, conversation_id, user_id, nth_keys, self._seconds))
             conversation, _, retry_keys = self._conversation_keys(shard, conversation_id)
             arguments = [token, *(part for pair in pairs for part in pair)]
             answer = await self._scripts.run("remember", [conversation, retry_keys, lease], arguments)
         return token if answer[0] == b"OK" else ""
 
-    async def _committed(self, conversation_id: int, user_id: int, message_id: int) -> Stored:
-        stored = await self.threads.run(partial(loading.find_message, conversation_id, user_id, message_id, self._seconds))
-        if stored is None:
+    async def _replayed(self, user_id: int, conversation_id: int, answer: Sequence[Any]) -> list[Appended]:
+        """What a retry is answered: the first answer again, of messages that may have left the cache since."""
+        _, committed, reply, *found = answer
+        cached = zip(found[::2], found[1::2], strict=True)
+        stored = {int(number): CachedMessages(entries)[0] if entries else None for number, entries in cached}
+        if gone := [number for number, message in stored.items() if message is None]:
+            read = await self.threads.run(partial(loading.find_messages, conversation_id, user_id, gone, self._seconds))
+            stored |= {message.id: message for message in read}
+        if None in stored.values():
             raise NotFound()
-        return stored
+        reply_id = int(reply) if reply else None
+        return [Appended(message, int(committed), replayed=True, reply_id=reply_id) for message in stored.values() if message]
 
     async def _turn(self, user_id: int, conversation_id: int, token: str, lease_ms: int) -> bool:
         shard = self._shard(user_id, conversation_id)
@@ -610,6 +647,11 @@ async def _quietly(work: Awaitable[None]) -> None:
 def client_key(key: str) -> str:
     """How a client's Idempotency-Key is stored; it can never meet a reply's."""
     return "k:" + key
+
+
+def nth_key(key: str, n: int) -> str:
+    """The retry key of one of several messages that came with a key, counted from 0; it can never meet another call's."""
+    return f"{n}:{key}" if n else key
 
 
 def reply_key(user_message_id: int) -> str:

@@ -137,6 +137,13 @@ class TestShapes:
             walk(answer)
 
 
+GOOD = {
+    **{"title": "t", "role": "user", "content": "c", "message": "m", "email": "x@example.org", "password": PASSWORD},
+    "messages": [{"role": "user", "content": "c"}],
+}
+"""Something good for each field."""
+
+
 class TestEveryRoute:
     def test_trailing_slash_is_optional(self, served: House, document: dict[str, Any], ann: Person) -> None:
         for method, path, _ in operations(document):
@@ -188,9 +195,8 @@ class TestEveryRoute:
         assert served.pending(ann) == before
 
     def test_unknown_field_is_refused(self, document: dict[str, Any], ann: Person, conversation: int) -> None:
-        good = {"title": "t", "role": "user", "content": "c", "message": "m", "email": "x@example.org", "password": PASSWORD}
         for method, path, properties in json_bodies(document):
-            body = {name: good[name] for name in properties if name in good} | {"surprise": 1}
+            body = {name: GOOD[name] for name in properties if name in GOOD} | {"surprise": 1}
             told = problem(ann.http.request(method, filled(path, conversation), json=body), 422)
             assert [error["loc"] for error in told["errors"]] == [["body", "surprise"]], (method, path)
 
@@ -198,23 +204,21 @@ class TestEveryRoute:
     def test_nul_and_lone_surrogates_are_refused_in_every_text(
         self, served: House, document: dict[str, Any], ann: Person, conversation: int, bad: str
     ) -> None:
-        good = {"title": "t", "role": "user", "content": "c", "message": "m", "email": "x@example.org", "password": PASSWORD}
         before = served.pending(ann)
         for method, path, properties in json_bodies(document):
             for name in set(properties) - {"conversation_id"}:
-                body = {other: good[other] for other in properties if other in good} | {name: bad + PASSWORD}
+                body = {other: GOOD[other] for other in properties if other in GOOD} | {name: bad + PASSWORD}
                 told = problem(send(ann.http, method, filled(path, conversation), json.dumps(body).encode()), 422)
                 assert ["body", name] in [error["loc"] for error in told["errors"]], (method, path, name)
         assert served.pending(ann) == before
 
     @pytest.mark.parametrize("bad", [None, 0, 1.5, True, [], {}, ["x"], {"x": "y"}], ids=repr)
     def test_wrong_type_is_refused_in_every_field(self, document: dict[str, Any], ann: Person, conversation: int, bad: Any) -> None:
-        good = {"title": "t", "role": "user", "content": "c", "message": "m", "email": "x@example.org", "password": PASSWORD}
         for method, path, properties in json_bodies(document):
             for name in properties:
                 if bad is None and "anyOf" in properties[name]:
                     continue  # null is what leaving it out means
-                body = {other: good[other] for other in properties if other in good} | {name: bad}
+                body = {other: GOOD[other] for other in properties if other in GOOD} | {name: bad}
                 told = problem(ann.http.request(method, filled(path, conversation), json=body), 422)
                 assert name in [error["loc"][1] for error in told["errors"] if len(error["loc"]) > 1], (method, path, name)
 

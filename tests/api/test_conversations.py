@@ -57,6 +57,9 @@ REFUSED: dict[str, Any] = {
 }
 
 
+TURN = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning"}]
+
+
 @pytest.fixture(scope="module")
 def served(postgres: EmbeddedPostgres, migrated_template: str, valkey: EmbeddedValkey) -> Iterator[House]:
     with house(postgres, migrated_template, valkey) as found:
@@ -348,6 +351,62 @@ class TestMessage:
         assert served.query("SELECT count(*) FROM dead_letter") == [(0,)]
 
 
+class TestBatch:
+    def test_is_answered_as_the_messages_are_shown(self, served: House, ann: Person) -> None:
+        conversation = ann.start()["id"]
+        answer = ann.http.post(messages_of(conversation) + "/batch", json={"messages": TURN})
+        assert answer.headers["content-type"] == "application/json"
+        assert set(ok(answer, 201)) == {"items"}
+        items = answer.json()["items"]
+        assert [{"role": item["role"], "content": item["content"]} for item in items] == TURN
+        assert ann.page(conversation)["items"] == items
+        assert ann.http.get(f"/api/conversations/{conversation}").json()["title"] == "Hello"
+        for step in (served.flush_all, served.forget, served.wipe):
+            step()
+            assert ann.page(conversation)["items"] == [item | {"state": "committed"} for item in items]
+
+    @pytest.mark.parametrize("step", ["pending", "committed", "cold", "wiped"])
+    def test_retry_is_answered_as_the_first_time(self, served: House, ann: Person, step: str) -> None:
+        conversation = ann.start("t")["id"]
+        path = messages_of(conversation) + "/batch"
+        first = ann.http.post(path, json={"messages": TURN}, headers=keyed("key-1"))
+        {"pending": lambda: None, "committed": served.flush_all, "cold": served.forget, "wiped": served.wipe}[step]()
+        again = ann.http.post(path, json={"messages": TURN}, headers=keyed("key-1"))
+        assert (again.status_code, again.headers["idempotent-replayed"]) == (201, "true")
+        for one, other in zip(first.json()["items"], again.json()["items"], strict=True):
+            assert other == one | {"state": "pending" if step == "pending" else "committed"}
+        for other in (TURN[:1], [*TURN, *TURN], TURN[::-1]):
+            problem(ann.http.post(path, json={"messages": other}, headers=keyed("key-1")), 422)
+        problem(ann.post(conversation, TURN[0]["content"], key="key-1"), 422)
+        assert ann.contents(conversation) == ["Hello", "Good morning"]
+
+    @pytest.mark.parametrize("bad", REFUSED.values(), ids=REFUSED)
+    def test_one_that_is_refused_takes_all_along(self, served: House, ann: Person, bad: Any) -> None:
+        conversation = ann.start("t")["id"]
+        before = served.pending(ann)
+        answer = send(ann, messages_of(conversation) + "/batch", {"messages": [*TURN, {"role": "user", "content": bad}]})
+        assert problem(answer, 422)["errors"][0]["loc"] == ["body", "messages", 2, "content"]
+        assert served.pending(ann) == before
+        assert not isinstance(bad, str) or len(bad) < 3 or bad[:3] not in answer.text, "no answer repeats what was sent"
+
+    @pytest.mark.parametrize("messages", [[], None, {}, "x", [None], [[]], TURN * 51, [TURN[0] | {"id": 1}], [{"role": "user"}]])
+    def test_anything_else_is_refused(self, served: House, ann: Person, messages: Any) -> None:
+        conversation = ann.start("t")["id"]
+        before = served.pending(ann)
+        assert problem(send(ann, messages_of(conversation) + "/batch", {"messages": messages}), 422)["errors"][0]["loc"][:2] == [
+            "body",
+            "messages",
+        ]
+        assert served.pending(ann) == before
+
+    def test_as_many_as_there_may_be(self, served: House, ann: Person) -> None:
+        conversation = ann.start("t")["id"]
+        sent = [{"role": "user", "content": str(number)} for number in range(100)]
+        ok(ann.http.post(messages_of(conversation) + "/batch/", json={"messages": sent}), 201)
+        served.forget()
+        assert ann.contents(conversation) == [str(number) for number in range(100)]
+
+
 class TestRetry:
     @pytest.mark.parametrize("step", ["pending", "committed", "cold", "wiped"])
     def test_of_a_message_is_answered_as_the_first_time(self, served: House, ann: Person, step: str) -> None:
@@ -448,6 +507,7 @@ class TestRetry:
         paths = {
             "/api/conversations": {},
             messages_of(conversation): {"role": "user", "content": "x"},
+            messages_of(conversation) + "/batch": {"messages": TURN},
             "/api/chat/start": {},
             f"/api/chat/{conversation}/message": {"message": "x"},
         }

@@ -36,6 +36,7 @@ TEXT = b'{"role":"user","content":"hi"}'
 Pairs = tuple[tuple[str, str], ...]
 JSON: Pairs = (("content-type", "application/json"),)
 BEARER: Pairs = (("authorization", "Bearer <token>"),)
+TEXTS = b'{"messages":[{"role":"user","content":"hi"},{"content":"ho","role":"assistant"}]}'
 PATH = "/api/conversations/<id>/messages"
 LEFT: Message = {"type": "http.disconnect"}
 
@@ -60,6 +61,7 @@ def piece(body: bytes, *, more: bool) -> Message:
 
 
 POST = Request()
+BATCH = Request(target=PATH + "/batch", body=TEXTS)
 GET = Request("GET", body=b"", headers=BEARER)
 CHUNKED = ("transfer-encoding", "chunked")
 
@@ -86,6 +88,9 @@ USUAL = [
             b'{"role":"user","content":"' + b"x" * 100_000 + b'"}',
         )
     ),
+    BATCH,
+    BATCH.with_headers(("idempotency-key", "a")),
+    replace(BATCH, body=b'{"messages":[%s]}' % b",".join([TEXT] * 100)),
     GET,
     replace(GET, headers=(("cookie", f"{COOKIE}=<token>"),)),
     GET.with_headers(CHUNKED),  # nobody looks at its body
@@ -101,6 +106,7 @@ UNUSUAL = [
         replace(one, target=target)
         for one in (POST, GET)
         for target in (
+            *(PATH + "/batch/", PATH + "/batches", PATH + "//batch", PATH + "/batch%0A", PATH + "/Batch"),
             *("/api/conversations/<id>/messages/", "/api/conversations/<id>/messages//", "/api/conversations//messages"),
             *("/api/conversations/0/messages", "/api/conversations/0<id>/messages", "/api/conversations/-1/messages"),
             *("/api/conversations/x/messages", "/api/conversations/<id>%D9%A1/messages", "/api/conversations/<id>%20/messages"),
@@ -169,6 +175,19 @@ UNUSUAL = [
             b"[" * 100_000,
             b'{"role":"user","content":"' + b"x" * 100_001 + b'"}',
             b'{"role":"user","content":"' + b"x" * (1 << 20) + b'"}',
+        )
+    ),
+    replace(BATCH, method="GET"),
+    replace(BATCH, target=PATH),
+    replace(POST, target=PATH + "/batch"),
+    *(
+        replace(BATCH, body=body)
+        for body in (
+            *(b"", b"[]", b"{}", b'{"messages":[]}', b'{"messages":{}}', b'{"messages":[[]]}', b'{"messages":null}'),
+            b'{"messages":[%s],"more":1}' % TEXT,
+            b'{"messages":[%s,{"role":"user","content":" "}]}' % TEXT,
+            b'{"messages":[%s]}' % b",".join([TEXT] * 101),
+            b'{"messages":[{"role":"user","content":"' + b"x" * (1 << 20) + b'"}]}',
         )
     ),
     replace(POST, pieces=(piece(TEXT, more=False),)).with_headers(CHUNKED),
@@ -343,7 +362,9 @@ def test_usual_calls_are_answered_alike_and_go_the_fast_way(ways: Ways) -> None:
     for request in USUAL:
         told = ways.same(request, usual=True)
         assert told.status == (201 if request.method == "POST" else 200), request
-        assert told.stored == (request.method == "POST"), request
+        count = request.body.count(b'"role"') if request.target.endswith("/batch") else int(request.method == "POST")
+        assert told.stored == min(count, 10), request
+        assert sum(value for name, value in told.counted.items() if name.startswith("chatkeep_accepted")) == count
         assert told.sent == ["http.response.start", "http.response.body"], request
 
 
@@ -358,10 +379,11 @@ def test_who_leaves_before_the_end_has_said_nothing(ways: Ways, pieces: tuple[Me
 
 
 def test_retries_are_answered_alike(ways: Ways) -> None:
-    told = ways.same(POST.with_headers(("idempotency-key", "a")), usual=True, twice=True)
-    assert (b"idempotent-replayed", b"true") in told.headers
-    assert told.stored == 1
-    assert not any(name.startswith("chatkeep_accepted") for name in told.counted)
+    for request, count in ((POST, 1), (BATCH, 2)):
+        told = ways.same(request.with_headers(("idempotency-key", "a")), usual=True, twice=True)
+        assert (b"idempotent-replayed", b"true") in told.headers
+        assert told.stored == count
+        assert not any(name.startswith("chatkeep_accepted") for name in told.counted)
 
 
 def test_nobodys_conversations_are_refused_alike(ways: Ways) -> None:
@@ -383,23 +405,23 @@ def test_failures_of_the_log_are_told_alike_and_nothing_is_tried_again(
 
         return call
 
-    for name in ("append", "read"):
+    for name in ("append_all", "read"):
         monkeypatch.setattr(ways.log, name, failing(name))
-    for request in (POST, GET):
+    for request in (POST, BATCH, GET):
         told = ways.same(request, usual=True)
         assert told.status >= 400
         assert told.error == ""
         assert "quokka" not in told.body
         assert any(name.startswith("chatkeep_problems") for name in told.counted)
         assert len(told.logged) == (told.status == 500)
-    assert calls == ["append"] * 2 + ["read"] * 2
+    assert calls == ["append_all"] * 4 + ["read"] * 2
 
 
 def test_cancelled_call_is_counted_alike(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
     async def cancelled(*_: object, **__: object) -> None:
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(ways.log, "append", cancelled)
+    monkeypatch.setattr(ways.log, "append_all", cancelled)
     told = ways.same(POST, usual=True)
     assert (told.error, told.sent) == ("CancelledError", [])
     assert [name for name in told.counted if "'status': '0'" in name]

@@ -53,6 +53,7 @@ ROWS: dict[Route, Row | Literal["the caller's own", "open to all"]] = dict([
     simple("PATCH", CONVERSATION, 200, {"title": "changed"}),
     simple("DELETE", CONVERSATION, 204),
     simple("POST", CONVERSATION + "/messages", 201, {"role": "user", "content": "added"}),
+    simple("POST", CONVERSATION + "/messages/batch", 201, {"messages": [{"role": "user", "content": "added"}] * 2}),
     simple("GET", CONVERSATION + "/messages", 200),
     simple("POST", SESSION + "/message", 200, {"message": "added"}),
     simple("GET", SESSION + "/history", 200),

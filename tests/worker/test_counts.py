@@ -8,7 +8,7 @@ from redis import Redis
 from tests import core
 from worker import keys
 from worker.errors import TooManyConversations, TooManyMessages
-from worker.pending import PendingLog, client_key, reply_key
+from worker.pending import Draft, PendingLog, client_key, reply_key
 from worker.settings import Settings
 
 EMPTIED = True
@@ -45,6 +45,19 @@ async def test_messages_of_a_minute(log: PendingLog, redis: Redis, user: int, co
     while redis.exists(counters[0]):
         pass
     await say(log, user, conversation, MESSAGES)
+
+
+async def test_messages_that_come_together_count_each(
+    log: PendingLog, redis: Redis, user: int, conversation: int, counters: tuple[str, str]
+) -> None:
+    pair = [Draft("user", "0"), Draft("user", "1")]
+    for _ in range(2):
+        await log.append_all(user, conversation, pair)  # the second call begins below the limit
+    assert int(redis.get(counters[0]) or 0) == 4 == MESSAGES + 1
+    assert 0 < redis.pttl(counters[0]) <= 60_000
+    for call in (log.append_all(user, conversation, pair), log.append(user, conversation, "user", "x")):
+        with pytest.raises(TooManyMessages):
+            await call
 
 
 async def test_conversations_of_a_day(log: PendingLog, redis: Redis, user: int, counters: tuple[str, str]) -> None:

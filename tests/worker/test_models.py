@@ -200,8 +200,9 @@ class TestIndexes:
                 assert plan["Index Name"] in (("pk_conversation", "uq_conversation_id_user_id") if number == 0 else ("pk_message",))
                 assert plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0) <= limits[number]
             assert number == 2
-            for one in (partial(loading.find_message, conversation, user, 2), partial(loading.find_retry_key, conversation, user, "k:2")):
-                [(statement, values), *_] = _asked(partial(one, 30))
+            wanted: Any
+            for find, wanted in ((loading.find_messages, [2]), (loading.find_retry_keys, ["k:2"])):
+                [(statement, values), *_] = _asked(partial(find, conversation, user, wanted, 30))
                 assert _plan(statement, values)["Index Name"] in ("pk_message", "uq_message_conversation_id_idempotency_key")
         [(statement, values)] = _asked(partial(loading.find_created_key, 1, "6", 30))
         assert _plan(statement, values)["Index Name"] == "uq_conversation_user_id_idempotency_key"

@@ -26,7 +26,7 @@ from worker.errors import (
     TurnRunning,
 )
 from worker.flush import flush_shard
-from worker.pending import PendingLog, client_key, reply_key
+from worker.pending import Draft, PendingLog, client_key, reply_key
 from worker.redis import connect
 from worker.settings import SHARD_SLOTS
 
@@ -199,6 +199,119 @@ class TestAppend:
         assert again.replayed
         assert await core.shown(log, user, conversation) == ["hi"]
         assert redis.xlen(keys.log(shard)) == 2
+
+
+PAIR = (Draft("user", "hi"), Draft("assistant", "ho"))
+TRIPLE = (*PAIR, Draft("user", "hey"))
+
+
+class TestAppendAll:
+    """Messages that are sent together."""
+
+    async def test_are_kept_in_their_order_and_next_to_each_other(self, settings, redis, log, user, shard, conversation) -> None:
+        calls = [log.append_all(user, conversation, [Draft("user", f"{i} {j}") for j in range(1 + i % 4)]) for i in range(40)]
+        for done in await asyncio.gather(*calls):
+            ids = [one.message.id for one in done]
+            assert ids == list(range(ids[0], ids[0] + len(ids) * SHARD_SLOTS, SHARD_SLOTS)), "nobody's is between them"
+            assert len({one.message.microseconds for one in done}) == 1
+        told = [f"{i} {j}" for i in range(40) for j in range(1 + i % 4)]
+        assert await core.shown(log, user, conversation, limit=200) == told
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == told
+        core.assert_clean(redis, settings)
+
+    @pytest.mark.parametrize("key", [None, client_key("a")])
+    async def test_a_commit_may_come_between_them(self, settings, redis, log, user, shard, conversation, monkeypatch, key) -> None:
+        monkeypatch.setattr(settings, "flush_batch_max", 2)
+        for name in "abc":
+            await log.append_all(user, conversation, [Draft("user", name), *PAIR], key=key and key + name)
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["a", "hi", "ho", "b", "hi", "ho", "c", "hi", "ho"]
+        assert core.dead_letters() == []
+        core.assert_clean(redis, settings)
+
+    async def test_key_is_known_wherever_they_are(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:
+        first = await log.append_all(user, conversation, PAIR, key=client_key("a"))
+        monkeypatch.setattr(settings, "cache_messages_max", 1)  # one of them leaves the cache
+        steps = (
+            lambda: None,
+            lambda: flush_shard(redis, settings, shard),
+            lambda: core.forget(redis, user, conversation, settings),
+            redis.flushall,
+        )
+        for step in steps:
+            step()
+            again = await log.append_all(user, conversation, PAIR, key=client_key("a"))
+            assert [one.message for one in again] == [one.message for one in first]
+            assert all(one.replayed for one in again)
+        assert core.contents(conversation) == ["hi", "ho"]
+
+    @pytest.mark.parametrize("step", ["pending", "forgotten", "not all loaded"])
+    async def test_key_with_another_list_is_refused(self, settings, redis, log, user, shard, conversation, monkeypatch, step) -> None:
+        """Also a shorter or a longer one, and one message by itself."""
+        await log.append_all(user, conversation, TRIPLE, key=client_key("a"))
+        await log.append(user, conversation, "user", "one", key=client_key("b"))
+        if step != "pending":
+            flush_shard(redis, settings, shard)
+            core.forget(redis, user, conversation, settings)
+        if step == "not all loaded":
+            monkeypatch.setattr(loading, "RETRY_KEYS_MAX", 2)
+        others = [PAIR, TRIPLE[:1], (*TRIPLE, *PAIR), TRIPLE[::-1], (*PAIR, Draft("user", "Hey")), (*PAIR, Draft("assistant", "hey"))]
+        for other in others:
+            with pytest.raises(KeyReused):
+                await log.append_all(user, conversation, other, key=client_key("a"))
+        with pytest.raises(KeyReused):
+            await log.append_all(user, conversation, (Draft("user", "one"), *PAIR), key=client_key("b"))
+        assert [one.replayed for one in await log.append_all(user, conversation, TRIPLE, key=client_key("a"))] == [True] * 3
+        [again] = await log.append_all(user, conversation, [Draft("user", "one")], key=client_key("b"))
+        assert again.replayed, "a list of one is that one"
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["hi", "ho", "hey", "one"]
+
+    async def test_longest_key_is_inserted(self, settings, redis, log, user, shard, conversation) -> None:
+        many = [Draft("user", str(i)) for i in range(pending.MESSAGES_PER_CALL_MAX)]
+        await log.append_all(user, conversation, many, key=client_key("x" * 200))
+        flush_shard(redis, settings, shard)
+        assert core.dead_letters() == []
+        redis.flushall()
+        assert all(one.replayed for one in await log.append_all(user, conversation, many, key=client_key("x" * 200)))
+        assert core.contents(conversation) == [str(i) for i in range(pending.MESSAGES_PER_CALL_MAX)]
+
+    async def test_keys_of_others_never_meet_theirs(self, log, user, conversation) -> None:
+        await log.append_all(user, conversation, TRIPLE, key=client_key("5"))
+        for key in (client_key("1:k:5"), client_key("1"), reply_key(5), client_key("k:5")):
+            assert not (await log.append(user, conversation, "assistant", "ho", key=key)).replayed
+            assert (await log.append(user, conversation, "assistant", "ho", key=key)).replayed
+
+    async def test_are_refused_together(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:
+        """Where there is room for the first only."""
+        held = int(redis.get(keys.backlog_bytes(shard)))
+        monkeypatch.setattr(log._backlog, "limit", lambda _: held + 500)
+        many = [Draft("user", "x" * 100) for _ in range(3)]
+        with pytest.raises(BacklogFull):
+            await log.append_all(user, conversation, many, key=client_key("a"))
+        assert await core.shown(log, user, conversation) == []
+        assert int(redis.get(keys.backlog_bytes(shard))) == held
+        await log.append_all(user, conversation, many[:1])
+
+    async def test_title_is_of_the_first_user_message(self, settings, redis, log, user, shard, conversation) -> None:
+        await log.append_all(user, conversation, [Draft("assistant", "Welcome"), Draft("user", "Where am I?"), Draft("user", "Who?")])
+        assert (await read_conversation(log, user, conversation)).title == "Where am I?"
+        flush_shard(redis, settings, shard)
+        redis.flushall()
+        assert (await read_conversation(log, user, conversation)).title == "Where am I?"
+
+    async def test_committed_under_other_ids_they_are_shown_once(self, settings, redis, log, user, shard, conversation) -> None:
+        """Redis has lost their keys (and says that it has all of them): they are appended again, and the commit notices."""
+        first = await log.append_all(user, conversation, PAIR, key=client_key("a"))
+        flush_shard(redis, settings, shard)
+        redis.hdel(keys.retry_keys(shard, conversation), client_key("a"), "1:" + client_key("a"))
+        assert not (await log.append_all(user, conversation, PAIR, key=client_key("a")))[0].replayed
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["hi", "ho"] == await core.shown(log, user, conversation)
+        again = await log.append_all(user, conversation, PAIR, key=client_key("a"))
+        assert [one.message for one in again] == [one.message for one in first]
+        assert core.dead_letters() == []
 
 
 class TestOwner:

@@ -542,8 +542,8 @@ def _look_everywhere(build: Filterless, user: int, conversation: int, message: i
     page: dict[str, Any] = {"look_beyond": True}
     return {
         "load_conversation": build.loading.load_conversation(conversation, user, 10, 10),
-        "find_message": build.loading.find_message(conversation, user, message, 10),
-        "find_retry_key": build.loading.find_retry_key(conversation, user, key, 10),
+        "find_messages": list(build.loading.find_messages(conversation, user, [message], 10)),
+        "find_retry_keys": build.loading.find_retry_keys(conversation, user, [key], 10),
         "load_created_keys": [pair for pair in build.loading.load_created_keys(user, 10)[0] if pair[0] == created],
         "find_created_key": build.loading.find_created_key(user, created, 10),
         "read_conversation": build.committed.read_conversation(user, conversation),

@@ -63,11 +63,11 @@ local function has_to_wait(counter, most, window_ms)
   return left_of(counter, window_ms)
 end
 
-local function count(counter, most, window_ms)
+local function count(counter, most, window_ms, times)
   if most == '0' then return end
-  local often = redis.call('INCRBY', counter, 1)
-  -- More than he may, and yet he need not wait: see left_of.
-  if often == 1 or often > tonumber(most) then redis.call('SET', counter, '1', 'PX', window_ms) end
+  local often = redis.call('INCRBY', counter, times)
+  -- More than he might have begun with, and yet he did not have to wait: see left_of.
+  if often == times or often - times >= tonumber(most) then redis.call('SET', counter, times, 'PX', window_ms) end
 end
 
 -- 1 for the first entry since the last flush began: the caller then sends the flush task. Asked again when the lease runs out, because the

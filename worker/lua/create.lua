@@ -36,7 +36,7 @@ local now = server_microseconds()
 local entry, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
 if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[9], ARGV[2], entry, tick, size, 'c', now, ARGV[4], key, ARGV[6]) then return {'NEED_SEED'} end
 now = int(now)
-count(KEYS[11], ARGV[13], DAY_MS)
+count(KEYS[11], ARGV[13], DAY_MS, 1)
 redis.call('HSET', KEYS[5], 'u', ARGV[2], 't', ARGV[7], 's', now, 'a', now, 'm', '0', 'l', int(entry), 'w', '1', 'k', '1', 'r', ARGV[12])
 redis.call('ZADD', KEYS[6], int(entry), ARGV[3])
 if key ~= '' then
