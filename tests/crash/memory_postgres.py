@@ -167,6 +167,9 @@ class Result:
     def __init__(self, rows: list[tuple[Any, ...]]) -> None:
         self._rows = rows
 
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return iter(self._rows)
+
     def all(self) -> list[tuple[Any, ...]]:
         return self._rows
 

@@ -240,6 +240,10 @@ def _hsetnx(redis: MemoryRedis, key: bytes, name: bytes, value: bytes) -> int:
     return 1
 
 
+def _hexists(redis: MemoryRedis, key: bytes, name: bytes) -> int:
+    return int(name in (redis.get(key) or {}))
+
+
 def _hget(redis: MemoryRedis, key: bytes, name: bytes) -> bytes | None:
     return (redis.get(key) or {}).get(name)
 
@@ -376,7 +380,7 @@ _COMMANDS: dict[bytes, Callable[..., Any]] = {
     for name, function in list(globals().items())
     if name in {
         *("_get", "_set", "_del", "_exists", "_incrby", "_decrby", "_expire", "_pexpire", "_persist", "_pttl", "_time"),
-        *("_hset", "_hsetnx", "_hget", "_hmget", "_hdel", "_hincrby", "_zadd", "_zrem", "_zrange"),
+        *("_hset", "_hsetnx", "_hexists", "_hget", "_hmget", "_hdel", "_hincrby", "_zadd", "_zrem", "_zrange"),
         *("_xadd", "_xrange", "_xrevrange", "_xdel", "_xtrim", "_xlen", "_xinfo"),
     }
 }  # fmt: skip

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 from redis import Redis
 
+import worker.flush
 import worker.loading
 import worker.persist
 from api.history import list_conversations, read_conversation, read_history
@@ -25,11 +26,11 @@ from tests import core
 from tests.crash import model
 from tests.crash.memory_redis import Stream
 from tests.crash.model import World
-from worker.codec import Stored
+from worker.codec import Role, Stored
 from worker.database import dispose
 from worker.errors import ChatkeepError
 from worker.flush import flush_shard
-from worker.pending import PendingLog, client_key
+from worker.pending import Draft, PendingLog, client_key
 from worker.redis import connect, connect_sync
 from worker.settings import Settings
 
@@ -74,6 +75,7 @@ class Modelled:
 
         self.world.start("call", run)
         self.world.settle()
+        self.world.pass_time(0.001)  # as it does for the real ones: a shard that gave several ids at once would be ahead of the others
         if isinstance(answers[0], ChatkeepError):
             raise answers[0]
         return answers[0]
@@ -164,11 +166,15 @@ class Teller:
 
     async def _append(self, dice: list[float]) -> Any:
         user, conversation = self._pick(dice[0])
-        key = client_key(f"m{int(dice[1] * 5)}") if dice[2] < 0.5 else None
-        text = f"t\t\\{int(dice[1] * 5)}" + ("again" if key and dice[3] < 0.1 else "")
-        done = await self.side.ask(self.side.log.append(user, conversation, "user" if dice[4] < 0.5 else "assistant", text, key=key))
-        self.messages.append(done.message.id)
-        return self._message(done.message), done.committed >= done.message.id, done.replayed
+        which = int(dice[1] * 5)
+        key = client_key(f"m{which}") if dice[2] < 0.5 else None
+        text = f"t\t\\{which}" + ("again" if key and dice[3] < 0.1 else "")
+        role: Role = "user" if (which % 2 == 0 if dice[4] < 0.8 else dice[4] < 0.9) else "assistant"
+        count = which % 3 + 1 if dice[3] < 0.8 else int(dice[3] * 30) % 3 + 1  # a key meets its own list again, and others
+        drafts = [Draft(role, text), Draft("assistant", text + " 2"), Draft("user", text + " 3")][:count]
+        appended = await self.side.ask(self.side.log.append_all(user, conversation, drafts, key=key))
+        self.messages += [one.message.id for one in appended]
+        return [(self._message(one.message), one.committed >= one.message.id, one.replayed) for one in appended]
 
     async def _rename(self, dice: list[float]) -> Any:
         state = await self.side.ask(self.side.log.rename(*self._pick(dice[0]), f"named {dice[1]:.3f}"))
@@ -232,8 +238,12 @@ _VOLATILE = (":wake", ":load", ":turns")
 
 @pytest.fixture
 def small() -> Any:
-    """Limits that so few calls reach."""
-    with mock.patch.object(worker.loading, "RETRY_KEYS_MAX", 2), mock.patch.object(worker.persist, "STRAIGHT_MAX", 1):
+    """Limits that so few calls reach; and one that a busy machine would reach on the real side alone."""
+    with (
+        mock.patch.object(worker.loading, "RETRY_KEYS_MAX", 2),
+        mock.patch.object(worker.persist, "STRAIGHT_MAX", 1),
+        mock.patch.object(worker.flush, "FLUSH_LOOP_SECONDS", 60),
+    ):
         yield
 
 
