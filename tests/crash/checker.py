@@ -4,7 +4,7 @@ The invariants, numbered as they are reported:
 
  1 durability    what was acknowledged is in every read that began afterwards and covers it, and in Postgres at the end
  2 no phantom    nothing is read or stored that nobody asked for, and nothing that was refused
- 3 once          a retry key, and a message, has one id, in every answer, read and row; no two conversations have one
+ 3 once          a retry key, and a message, has one id, in every answer, read and row; no two conversations have one; no retry is refused
  4 order         acknowledged before the other was sent: the lower id; every answer is in the order of ids
  5 no way back   what a read has shown, no later read lacks; committed never becomes pending again
  6 paging        the walks by pages, backwards and forwards, equal the whole; `has_older` and `has_newer` are true
@@ -16,6 +16,8 @@ The invariants, numbered as they are reported:
 12 honesty       no acknowledgement while it could not be kept, none for what must be refused, and no call that hangs
 13 no wedge      everything works again by itself
 14 dead letters  exactly the planted poison
+15 together      of messages that were sent together, all are there or none: in every read, as far as it reaches, and in Postgres
+16 neighbours    no other message stands between messages that were sent together
 
 A read is a page, and a page says which ids it covers: from its first item (or the beginning, if nothing is older) to `before`, or from
 `after` to its last item (or the end). Whatever is known to be in there before the page was asked for has to be in it.
@@ -126,6 +128,23 @@ class _Conversation:
     """When the first deletion was acknowledged."""
     deleting: float = EVER
     """When the first deletion was sent that may have had an effect."""
+    batches: dict[str, _Batch] = field(default_factory=dict)
+    """Text: what it was sent together with."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Messages that were sent together, once or several times under one key: each time perhaps another list, of which one was taken."""
+
+    attempts: list[Operation] = field(default_factory=list)
+
+    def texts(self) -> set[str]:
+        return {text for one in self.attempts for text, _ in one.said}
+
+    def lists(self) -> list[list[str]]:
+        """What may be there: the texts that were acknowledged, or those of each attempt that may have had an effect."""
+        acknowledged = [one for one in self.attempts if one.outcome == "ok"]
+        return [[text for text, _ in one.said] for one in acknowledged or self.attempts if one.outcome != "fail"]
 
 
 class _Index:
@@ -145,6 +164,8 @@ class _Index:
         for one in operations:
             if one.conversation and one.kind not in ("create", "probe"):
                 self._note(one)
+        for known in self.by_conversation.values():
+            _note_batches(known)
 
     def _note_creation(self, one: Operation) -> None:
         if one.outcome == "info":
@@ -165,12 +186,23 @@ class _Index:
         known = self.by_conversation[one.conversation]
         known.operations.append(one)
         if one.kind in ("append", "turn"):
-            known.texts[one.text].append(one)
+            for text, _ in one.said:
+                known.texts[text].append(one)
             known.replies |= one.kind == "turn"
         elif one.kind == "delete" and one.outcome != "fail":
             known.deleting = min(known.deleting, one.started)
             if one.outcome == "ok":
                 known.deleted = min(known.deleted, one.ended or EVER)
+
+
+def _note_batches(one: _Conversation) -> None:
+    by_key: dict[str | int, _Batch] = defaultdict(_Batch)
+    for operation in one.operations:
+        if operation.kind == "append":
+            by_key[operation.key or operation.op].attempts.append(operation)
+    for batch in by_key.values():
+        if any(operation.also for operation in batch.attempts):
+            one.batches |= dict.fromkeys(batch.texts(), batch)
 
 
 # One conversation
@@ -182,6 +214,7 @@ def _check_conversation(one: _Conversation) -> Iterator[Violation]:
     yield from _check_order(one)
     yield from _check_existence(one)
     yield from _check_pages(one)
+    yield from _check_batches(one, {number: text for number, (_, text) in one.known.items()}, "the answers")
     yield from _check_states(one)
 
 
@@ -198,7 +231,7 @@ def _learn(one: _Conversation) -> Iterator[Violation]:
         if operation.outcome != "ok":
             continue
         said = operation.kind in ("append", "turn")
-        for position, item in enumerate(operation.messages):
+        for item in operation.messages:
             before = one.known.get(item.id)
             if before is not None and before[1] != item.text:
                 yield Violation(9, f"op {operation.op}: message {item.id} of conversation {one.id} has another text than before")
@@ -211,8 +244,10 @@ def _learn(one: _Conversation) -> Iterator[Violation]:
                 yield from _check_origin(one, operation, item)
             elif not (one.replies and item.role == "assistant"):
                 yield Violation(2, f"op {operation.op}: nobody wrote message {item.id} of conversation {one.id}")
-            if said and position == 0 and item.text != operation.text:
-                yield Violation(9, f"op {operation.op}: the answer holds another text than was sent ({item.id})")
+        asked = [text for text, _ in operation.said]
+        answered = [item.text for item in operation.messages]
+        if said and asked != (answered[:1] if operation.kind == "turn" else answered):  # to a turn the server adds its reply
+            yield Violation(9, f"op {operation.op}: the answer holds other texts than were sent ({one.id})")
 
 
 def _check_origin(one: _Conversation, operation: Operation, item: Item) -> Iterator[Violation]:
@@ -222,7 +257,7 @@ def _check_origin(one: _Conversation, operation: Operation, item: Item) -> Itera
         yield Violation(2, f"op {operation.op}: message {item.id} of conversation {one.id} was refused, and is there ({how})")
     elif all(attempt.started > (operation.ended or EVER) for attempt in attempts):
         yield Violation(2, f"op {operation.op}: message {item.id} of conversation {one.id} is there before it was sent")
-    if item.role != attempts[0].role:
+    if item.role != dict(attempts[0].said)[item.text]:
         yield Violation(9, f"op {operation.op}: message {item.id} of conversation {one.id} has changed its role")
 
 
@@ -290,6 +325,7 @@ def _check_page(one: _Conversation, page: Operation, known: list[int]) -> Iterat
             1 if acknowledged else 5,
             f"op {page.op}: a page of conversation {one.id} lacks {len(lacking)} messages that were {what} ({lacking[:4]})",
         )
+    yield from _check_torn(one, page, low, high)
     if any(not low < number < high for number in shown):
         yield Violation(6, f"op {page.op}: a page of conversation {one.id} holds messages that were not asked for")
     if page.before is not None and not page.has_newer and known and known[-1] >= page.before:
@@ -300,6 +336,44 @@ def _check_page(one: _Conversation, page: Operation, known: list[int]) -> Iterat
         yield Violation(6, f"op {page.op}: {len(page.messages)} messages where {page.limit} were asked for")
     if len(page.messages) < page.limit and (page.has_newer if page.after is not None else page.has_older):
         yield Violation(6, f"op {page.op}: a page of conversation {one.id} ends early")
+
+
+def _check_torn(one: _Conversation, page: Operation, low: int, high: int) -> Iterator[Violation]:
+    """What came together is shown together, but for what is beyond an end of the page."""
+    texts = [item.text for item in page.messages]
+    for batch in _distinct(one.batches[text] for text in texts if text in one.batches):
+        shown = [text for text in texts if one.batches.get(text) is batch]
+        if not any(_is_cut(one, page, together, shown, low, high) for together in batch.lists()):
+            what = f"{len(shown)} of the messages of op {batch.attempts[0].op}"
+            yield Violation(15, f"op {page.op}: a page of conversation {one.id} shows {what}, and not the others")
+
+
+def _is_cut(one: _Conversation, page: Operation, together: list[str], shown: list[str], low: int, high: int) -> bool:
+    """Whether these texts are all of them, or all on this side of an end of the page at which there may be more."""
+    if not set(shown) <= set(together):
+        return False
+    if any(low < one.ids.get(text, LAST_ID) < high for text in together if text not in shown):
+        return False
+    begins = together[0] in shown or (low > 0 and page.messages[0].text in shown)
+    ends = together[-1] in shown or (high < LAST_ID and page.messages[-1].text in shown)
+    return begins and ends
+
+
+def _check_batches(one: _Conversation, texts: dict[int, str], where: str) -> Iterator[Violation]:
+    """What came together has ids in its order, and nothing else has an id between them."""
+    numbers = sorted(texts)
+    place = {texts[number]: at for at, number in enumerate(numbers)}
+    for batch in _distinct(one.batches.values()):
+        places = sorted(place[text] for text in batch.texts() if text in place)
+        stretch = [texts[number] for number in numbers[places[0] : places[-1] + 1]] if places else []
+        if len(stretch) > len(places):
+            yield Violation(16, f"conversation {one.id}: in {where} others stand between the messages of op {batch.attempts[0].op}")
+        elif places and not any(stretch == [text for text in together if text in stretch] for together in batch.lists()):
+            yield Violation(4, f"conversation {one.id}: in {where} the messages of op {batch.attempts[0].op} are in another order")
+
+
+def _distinct(batches: Iterable[_Batch]) -> Iterable[_Batch]:
+    return {id(batch): batch for batch in batches}.values()
 
 
 def covered(page: Operation) -> tuple[int, int]:
@@ -327,17 +401,32 @@ def _check_states(one: _Conversation) -> Iterator[Violation]:
 
 def _check_keys(index: _Index) -> Iterator[Violation]:
     """A retry key has one answer, within its user (creations) or its conversation (messages)."""
-    answers: dict[tuple[object, ...], tuple[int, str]] = {}
+    answers: dict[tuple[object, ...], tuple[int, object]] = {}
     for one in index.operations:
         if not one.key or one.outcome != "ok" or one.kind not in ("create", "append", "turn"):
             continue
         number = one.conversation if one.kind == "create" else one.messages[0].id
         place = (one.user, one.key) if one.kind == "create" else (one.conversation, one.key)
-        first = answers.setdefault(place, (number, one.text or one.title))
+        asked = one.title if one.kind == "create" else one.said
+        first = answers.setdefault(place, (number, asked))
         if first[0] != number:
             yield Violation(3, f"op {one.op}: the key of {first[0]} was answered with {number}")
-        elif first[1] != (one.text or one.title):
+        elif first[1] != asked:
             yield Violation(3, f"op {one.op}: the key of {first[0]} was accepted for another request")
+    yield from _check_refusals(index)
+
+
+def _check_refusals(index: _Index) -> Iterator[Violation]:
+    """A retry is not taken for another request."""
+    by_key: dict[tuple[int, str], list[Operation]] = defaultdict(list)
+    for one in index.operations:
+        if one.kind == "append" and one.key:
+            by_key[one.conversation, one.key].append(one)
+    for attempts in by_key.values():
+        acknowledged = [one for one in attempts if one.outcome == "ok"]
+        for one in attempts:
+            if one.outcome == "fail" and one.status == 422 and all(other.said == one.said for other in acknowledged or attempts):
+                yield Violation(3, f"op {one.op}: a retry in conversation {one.conversation} was refused, as if its key were another's")
 
 
 def _check_lists(index: _Index, earlier: frozenset[int]) -> Iterator[Violation]:
@@ -398,7 +487,7 @@ def _wrong_title(one: _Conversation, title: str, started: float, ended: float) -
         return "has a title that was replaced before" if replaced else ""
     if created or settled:
         return "has lost the title that a person gave it"
-    written = any(attempt.role == "user" for attempts in one.texts.values() for attempt in attempts)
+    written = any(role == "user" for attempts in one.texts.values() for attempt in attempts for _, role in attempt.said)
     return "has a title that nobody gave it" if title and not written else ""
 
 
@@ -460,6 +549,14 @@ def _check_rows(one: _Conversation, row: ConversationRow | None, messages: dict[
     if read:
         yield Violation(5, f"conversation {one.id}: {len(read)} messages that were read are not in Postgres ({sorted(read)[:4]})")
     yield from _check_contents(one, messages)
+    yield from _check_batches(one, {row.id: row.text for row in messages.values()}, "Postgres")
+    stored = {row.text for row in messages.values()}
+    for batch in _distinct(one.batches.values()):
+        there = stored & batch.texts()
+        if there and there not in map(set, batch.lists()):
+            yield Violation(
+                15, f"conversation {one.id}: {len(there)} of the messages of op {batch.attempts[0].op} are in Postgres, and not the others"
+            )
     if why := _wrong_title(one, row.title, EVER, EVER):
         yield Violation(5, f"in Postgres conversation {one.id} {why}")
 

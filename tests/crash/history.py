@@ -55,6 +55,8 @@ class Operation:
     key: str = ""
     text: str = ""
     role: str = "user"
+    also: list[tuple[str, str]] = field(default_factory=list)
+    """Of an append of several messages: text and role of those after the first."""
     title: str = ""
     before: int | None = None
     after: int | None = None
@@ -75,6 +77,11 @@ class Operation:
     more: str = ""
     note: str = ""
     """Whatever a person may want to know of it."""
+
+    @property
+    def said(self) -> list[tuple[str, str]]:
+        """Text and role of each message that an append or a turn asks for, in their order."""
+        return [(self.text, self.role), *self.also]
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Operation)}
@@ -135,6 +142,7 @@ def read(path: Path) -> list[Operation]:
             kind = line.pop("type")
             if kind == "invoke":
                 operations[line["op"]] = Operation(**line)
+                operations[line["op"]].also = [(text, role) for text, role in line.get("also", ())]
             elif kind != "event":
                 _apply(operations[line.pop("op")], line)
     return list(operations.values())

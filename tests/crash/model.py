@@ -44,7 +44,7 @@ from tests.crash.memory_redis import MemoryRedis
 from worker import keys, scripts
 from worker.codec import rfc3339
 from worker.errors import Never, NotFound, RedisUnavailable, TooSlow, TryAgainLater
-from worker.pending import Appended, PendingLog, client_key
+from worker.pending import Appended, Draft, PendingLog, client_key
 from worker.settings import Settings
 
 START = keys.EPOCH_MICROSECONDS + 10**13
@@ -106,8 +106,8 @@ class Actor:
 class World:
     """Two stores, and the processes that use them."""
 
-    def __init__(self) -> None:
-        self.settings = Settings.model_construct(**_all_settings())
+    def __init__(self, **changed: Any) -> None:
+        self.settings = Settings.model_construct(**_all_settings() | changed)
         self.scheduler = greenlet.getcurrent()
         self.seconds = 1000.0
         self.redis = MemoryRedis(START)
@@ -225,13 +225,14 @@ class World:
 
         self._client_call(operation, self.log.create(user, title, key=client_key(key) if key else None), done)
 
-    def append(self, user: int, conversation: int, text: str, key: str, role: Any = "user") -> None:
-        operation = self.history.invoke("append", user, conversation=conversation, key=key, text=digest(text), role=role)
+    def append(self, user: int, conversation: int, key: str, *drafts: Draft) -> None:
+        (text, role), *also = [(digest(draft.content), draft.role) for draft in drafts]
+        operation = self.history.invoke("append", user, conversation=conversation, key=key, text=text, role=role, also=also)
 
-        def done(appended: Appended) -> dict[str, Any]:
-            return {"messages": items([_message(appended.message, appended.committed)]), "replayed": appended.replayed}
+        def done(appended: list[Appended]) -> dict[str, Any]:
+            return {"messages": items(_message(one.message, one.committed) for one in appended), "replayed": appended[0].replayed}
 
-        self._client_call(operation, self.log.append(user, conversation, role, text, key=client_key(key) if key else None), done)
+        self._client_call(operation, self.log.append_all(user, conversation, drafts, key=client_key(key) if key else None), done)
 
     def rename(self, user: int, conversation: int, title: str) -> None:
         operation = self.history.invoke("rename", user, conversation=conversation, title=digest(title))

@@ -51,6 +51,9 @@ class Mutant:
     """The one tier that can see it, where the others cannot by their nature."""
 
 
+_APPEND_ALL = (
+    "        shard = self._shard(user_id, conversation_id)\n        script_keys = self._append_keys(shard, user_id, conversation_id)\n"
+)
 MUTANTS = (
     Mutant(
         "postgres-first",
@@ -173,7 +176,32 @@ MUTANTS = (
         "R10: a retry key that only Postgres knows is taken for a new one",
         (
             Edit(
-                "worker/lua/append.lua", "elseif known[5] ~= '1' and redis.call('HGET', KEYS[7], '?') ~= ARGV[10] then", "elseif false then"
+                "worker/lua/append.lua", "elseif known[5] ~= '1' and redis.call('HGET', KEYS[7], '?') ~= ARGV[7] then", "elseif false then"
+            ),
+        ),
+    ),
+    Mutant(
+        "batch-torn",
+        "of messages that came together only the first has a retry key",
+        (
+            Edit(
+                "worker/pending.py", "request_hash(role, status, content)) if key", "request_hash(role, status, content)) if key and not i"
+            ),
+        ),
+    ),
+    Mutant(
+        "batch-half",
+        "messages that came together are appended by a script run each",
+        (
+            Edit(
+                "worker/pending.py",
+                _APPEND_ALL,
+                "        if len(drafts) > 1:\n"
+                "            appended: Any = []\n"
+                "            for i, draft in enumerate(drafts):\n"
+                '                nth = f"{key}:{i}" if key else None\n'
+                "                appended += await self.append_all(user_id, conversation_id, [draft], key=nth, counted=counted)\n"
+                "            return appended\n" + _APPEND_ALL,
             ),
         ),
     ),

@@ -86,6 +86,54 @@ def refused_and_there(past: Past) -> None:
     phantom(past)
 
 
+def together(past: Past, *numbers: int, outcome: Any = "ok", there: bool = True, **fields: Any) -> Operation:
+    """Three messages that Ann sends together; what is there of them at the end has these ids."""
+    texts = ["text 104", "text 105", "text 106"]
+    shown = [Item(number, text, "user", "pending") for number, text in zip(numbers, texts, strict=False)] if outcome == "ok" else []
+    if there:
+        past.final.messages += [MessageRow(TALK, number, ANN, "user", text) for number, text in zip(numbers, texts, strict=False)]
+    given = {"conversation": TALK, "text": texts[0], "also": [(text, "user") for text in texts[1:]], "key": "b", "messages": shown}
+    return past.did("append", ANN, outcome, **(given | fields))
+
+
+def together_items(last: int) -> list[Item]:
+    return [Item(number, f"text {number}", "user", "pending") for number in range(104, last + 1)]
+
+
+def split_by_another(past: Past) -> None:
+    together(past, 104, 105, 107)
+    past.said(106, "another")
+    past.final.messages.append(MessageRow(TALK, 106, ANN, "user", "another"))
+
+
+def torn_in_a_page(past: Past) -> None:
+    unheard(past)
+    past.paged(101, 102, 103, 104)
+    past.paged(101, 102, 103, 104, 105, 106)
+
+
+def unheard(past: Past) -> None:
+    """All three are there, and nobody was told."""
+    together(past, 104, 105, 106, outcome="info")
+
+
+def torn_by_an_end(past: Past) -> None:
+    """The page reaches further than what it shows."""
+    unheard(past)
+    past.paged(102, 103, 104, before=107, has_older=True)
+    past.paged(104, 105, 106, after=103, has_older=True)
+
+
+def shorter_is_accepted(past: Past) -> None:
+    first = together(past, 104, 105, 106)
+    together(past, also=first.also[:1], messages=first.messages[:2], replayed=True)
+
+
+def retry_is_refused(past: Past, outcome: str) -> None:
+    together(past, 104, 105, 106, outcome=outcome)
+    together(past, outcome="fail", status=422)
+
+
 BROKEN: dict[str, tuple[int, Callable[[Past], Any]]] = {
     "a page lacks what was acknowledged": (1, lambda past: past.paged(101, 103)),
     "a page ends too early": (1, lambda past: past.paged(102, 103)),
@@ -117,6 +165,18 @@ BROKEN: dict[str, tuple[int, Callable[[Past], Any]]] = {
     "what must be refused is acknowledged": (12, lambda past: past.said(104, "NUL", refused=True)),
     "a dead letter that nobody planted": (14, lambda past: past.final.dead_letters.append("1-0")),
     "poison that is not a dead letter": (14, lambda past: past.final.poison.add("1-0")),
+    "of a batch, Postgres lacks one that was acknowledged": (1, lambda past: together(past, 104, 105, messages=together_items(106))),
+    "of a batch, one has two ids": (3, lambda past: (together(past, 104, 105, 106), together(past, 104, 105, 107, there=False))),
+    "a key is accepted for a shorter batch": (3, shorter_is_accepted),
+    "the retry of an acknowledged batch is refused": (3, lambda past: retry_is_refused(past, "ok")),
+    "the retry of an unanswered batch is refused": (3, lambda past: retry_is_refused(past, "info")),
+    "a batch is in another order": (4, lambda past: together(past, 105, 104, 106, outcome="info")),
+    "of a batch, not all are acknowledged": (9, lambda past: together(past, 104, 105)),
+    "a batch is acknowledged in another order": (9, lambda past: together(past, 104, 105, 106, messages=together_items(106)[::-1])),
+    "a page shows half a batch": (15, torn_in_a_page),
+    "a page reaches beyond half a batch": (15, torn_by_an_end),
+    "Postgres has half a batch": (15, lambda past: together(past, 104, 105, outcome="info")),
+    "others stand in a batch": (16, split_by_another),
 }
 
 
@@ -139,6 +199,33 @@ def test_unknown_outcomes_may_have_had_an_effect_or_not() -> None:
         if there:
             phantom(past)
         assert past.found() == set()
+
+
+def test_batch_is_there_as_a_whole_or_not_at_all() -> None:
+    for numbers in ((104, 105, 106), ()):
+        past = Past()
+        together(past, *numbers, outcome="info")
+        past.paged(101, 102, 103, *numbers)
+        assert past.found() == set()
+
+
+def test_page_may_end_within_a_batch() -> None:
+    past = Past()
+    together(past, 104, 105, 106)
+    together(past, 104, 105, 106, there=False, replayed=True)
+    past.paged(105, 106, limit=2, has_older=True)
+    past.paged(103, 104, limit=2, before=105, has_older=True, has_newer=True)
+    past.paged(105, limit=1, after=104, has_older=True, has_newer=True)
+    assert past.found() == set()
+
+
+def test_key_of_an_unanswered_batch_may_be_that_of_another() -> None:
+    """The first never arrived; then the shorter one was the first under the key."""
+    past = Past()
+    first = together(past, outcome="info")
+    together(past, 104, 105, also=first.also[:1])
+    together(past, outcome="fail", status=422)
+    assert past.found() == set()
 
 
 def test_deletion_is_allowed() -> None:

@@ -11,7 +11,7 @@ import contextlib
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -47,6 +47,13 @@ _REFUSED: tuple[tuple[str, bytes], ...] = (
 )
 
 
+class Said(NamedTuple):
+    """A message as it is sent."""
+
+    role: str
+    content: str
+
+
 @dataclass(slots=True)
 class Conversation:
     """A conversation that its owner knows of."""
@@ -66,8 +73,8 @@ class Person:
     email: str
     token: str
     conversations: list[Conversation] = field(default_factory=list)
-    again: list[tuple[int, str, str, str]] = field(default_factory=list)
-    """Appends with a key: conversation, text, role, key. Repeated later."""
+    again: list[tuple[int, str, list[Said]]] = field(default_factory=list)
+    """Appends with a key: conversation, key, messages. Repeated later."""
     created: list[tuple[str | None, str]] = field(default_factory=list)
     """Creations with a key: title and key."""
 
@@ -177,61 +184,61 @@ class _Session:
             await self._create(*self._chance.choice(self._person.created), attempts=1)
 
     async def append(self) -> None:
-        conversation = self._pick()
-        text, role = self._workload.text(self._chance), self._chance.choice(("user", "assistant"))
-        key = f"m-{self._chance.getrandbits(60):x}" if self._chance.random() < 0.7 else ""
-        await self._append(conversation, text, role, key)
-        if key:
-            self._person.again = [*self._person.again[-200:], (conversation.id, text, role, key)]
+        await self._append_new(1)
+
+    async def append_together(self) -> None:
+        await self._append_new(self._chance.randint(2, 5))
 
     async def append_again(self) -> None:
         """An old one, acknowledged or not, perhaps long forgotten by the cache."""
         if not self._person.again:
             return
-        number, text, role, key = self._chance.choice(self._person.again)
+        number, key, messages = self._chance.choice(self._person.again)
         known = next((one for one in self._person.conversations if one.id == number), None)
         if known is not None:
-            await self._append(known, text, role, key, attempts=1)
+            await self._append(known, key, messages, attempts=1)
 
     async def append_other(self) -> None:
-        """A used key with another text: refused."""
+        """A used key with another text, or with fewer or more: refused."""
         if not self._person.again:
             return
-        number, text, role, key = self._chance.choice(self._person.again)
-        if any(one.id == number and not one.deleted for one in self._person.conversations):
-            operation = self._invoke("append", conversation=number, text=digest(text + "!"), role=role, note="key of another text")
-            answer = await self._call(
-                operation, "POST", f"/api/conversations/{number}/messages", {"role": role, "content": text + "!"}, key
-            )
-            if answer is not None and answer.status in (200, 201):
-                # Right if the first attempt never arrived: then this is the first use of the key. The checker sees which.
-                operation.key = key
-                self._acknowledge(operation, answer)
+        number, key, messages = self._chance.choice(self._person.again)
+        *others, last = messages
+        changed = [[*others, Said(last.role, last.content + "!")], [*messages, Said("user", self._workload.text(self._chance))]]
+        if others:
+            changed += [others, messages[:1], messages[::-1]]
+        known = next((one for one in self._person.conversations if one.id == number and not one.deleted), None)
+        if known is not None:
+            # Right if the first attempt never arrived: then this is the first use of the key. The checker sees which.
+            await self._append(known, key, self._chance.choice(changed), attempts=1, note="key of another text")
 
     async def refused(self) -> None:
         what, raw = self._chance.choice(_REFUSED)
         conversation = self._pick()
+        path = f"/api/conversations/{conversation.id}/messages"
+        if self._chance.random() < 0.3:  # and so is what came with it
+            path, raw = path + "/batch", b'{"messages":[{"role":"user","content":"MARK is in order"},%s]}' % raw
         body = raw.replace(b"MARK", self._workload.text(self._chance).split(" ")[0].encode())
         operation = self._invoke("append", conversation=conversation.id, text=digest(repr(body)), refused=True, note=what)
-        answer = await self._call(operation, "POST", f"/api/conversations/{conversation.id}/messages", body)
+        answer = await self._call(operation, "POST", path, body)
         if answer is not None and answer.status < 300:
             self._end(operation, "ok", answer)
 
     async def two_tabs(self) -> None:
         """The same message sent twice at the same moment, and another one with it."""
         conversation = self._pick()
-        text, key = self._workload.text(self._chance), f"m-{self._chance.getrandbits(60):x}"
+        messages, key = self._messages(self._chance.choice((1, 1, 3))), f"m-{self._chance.getrandbits(60):x}"
         others = [_Session(self._workload, self._chance.choice(self._workload.ports), self._person, self._chance) for _ in range(2)]
         try:
             await asyncio.gather(
-                self._append(conversation, text, "user", key, attempts=1),
-                others[0]._append(conversation, text, "user", key, attempts=1),
-                others[1]._append(conversation, self._workload.text(self._chance), "user", "", attempts=1),
+                self._append(conversation, key, messages, attempts=1),
+                others[0]._append(conversation, key, messages, attempts=1),
+                others[1]._append(conversation, "", [Said("user", self._workload.text(self._chance))], attempts=1),
             )
         finally:
             for other in others:
                 other._client.close()
-        self._person.again = [*self._person.again[-200:], (conversation.id, text, "user", key)]
+        self._person.again = [*self._person.again[-200:], (conversation.id, key, messages)]
 
     async def chat(self) -> None:
         conversation = self._pick()
@@ -314,13 +321,15 @@ class _Session:
         """Another person's conversation, or nobody's: answered alike."""
         others = [one for person in self._workload.people if person is not self._person for one in person.conversations[-8:]]
         number = self._chance.choice(others).id if others and self._chance.random() < 0.8 else self._chance.getrandbits(50)
+        intruder = {"role": "user", "content": f"{self._workload.mark} intruder"}
         method, path, body = self._chance.choice(
             (
                 ("GET", f"/api/conversations/{number}", None),
                 ("GET", f"/api/conversations/{number}/messages", None),
                 ("PATCH", f"/api/conversations/{number}", {"title": "mine now"}),
                 ("DELETE", f"/api/conversations/{number}", None),
-                ("POST", f"/api/conversations/{number}/messages", {"role": "user", "content": f"{self._workload.mark} intruder"}),
+                ("POST", f"/api/conversations/{number}/messages", intruder),
+                ("POST", f"/api/conversations/{number}/messages/batch", {"messages": [intruder, intruder]}),
                 ("GET", f"/api/chat/{number}/history", None),
                 ("POST", f"/api/chat/{number}/message", {"message": f"{self._workload.mark} intruder"}),
                 ("POST", "/api/chat/start", {"conversation_id": number}),
@@ -347,23 +356,36 @@ class _Session:
                 return
             await self._breathe()
 
-    async def _append(self, conversation: Conversation, text: str, role: str, key: str, attempts: int = 4) -> None:
+    async def _append_new(self, count: int) -> None:
+        conversation, messages = self._pick(), self._messages(count)
+        key = f"m-{self._chance.getrandbits(60):x}" if self._chance.random() < 0.7 else ""
+        await self._append(conversation, key, messages)
+        if key:
+            self._person.again = [*self._person.again[-200:], (conversation.id, key, messages)]
+
+    def _messages(self, count: int) -> list[Said]:
+        return [Said(self._chance.choice(("user", "assistant")), self._workload.text(self._chance)) for _ in range(count)]
+
+    async def _append(self, conversation: Conversation, key: str, messages: list[Said], attempts: int = 4, note: str = "") -> None:
+        """One is sent by itself or as a batch of one, which is the same to a key."""
+        (text, role), *also = [(digest(content), role) for role, content in messages]
+        batch = bool(also) or self._chance.random() < 0.05
+        path = f"/api/conversations/{conversation.id}/messages" + "/batch" * batch
+        bodies = [one._asdict() for one in messages]
         for _ in range(attempts if key else 1):
-            operation = self._invoke("append", conversation=conversation.id, text=digest(text), role=role, key=key)
-            body = {"role": role, "content": text}
-            answer = await self._call(operation, "POST", f"/api/conversations/{conversation.id}/messages", body, key)
+            operation = self._invoke("append", conversation=conversation.id, text=text, role=role, also=also, key=key, note=note)
+            answer = await self._call(operation, "POST", path, {"messages": bodies} if batch else bodies[0], key)
             if answer is not None and answer.status == 201:
-                self._acknowledge(operation, answer)
-                conversation.messages += not operation.replayed
-                conversation.seen = [*conversation.seen[-30:], operation.messages[0].id]
+                shown = answer.json()["items"] if batch else [answer.json()]
+                self._end(operation, "ok", answer, messages=items(shown), replayed=_replayed(answer))
+                if not operation.replayed:
+                    conversation.messages += len(shown)
+                    self._workload.acknowledged += len(shown)
+                conversation.seen = [*conversation.seen[-30:], operation.messages[-1].id]
                 return
             if operation.outcome == "fail":
                 return
             await self._breathe()
-
-    def _acknowledge(self, operation: Operation, answer: Answer) -> None:
-        self._end(operation, "ok", answer, messages=items([answer.json()]), replayed=_replayed(answer))
-        self._workload.acknowledged += not operation.replayed
 
     async def _page(self, conversation: Conversation, before: int | None, after: int | None, limit: int) -> Operation | None:
         operation = self._invoke("page", conversation=conversation.id, before=before, after=after, limit=limit)
@@ -430,9 +452,10 @@ class _Session:
 
 
 _DOINGS: tuple[tuple[Callable[[_Session], Awaitable[None]], int], ...] = (
-    (_Session.append, 46),
+    (_Session.append, 38),
+    (_Session.append_together, 8),
     (_Session.append_again, 8),
-    (_Session.append_other, 1),
+    (_Session.append_other, 2),
     (_Session.refused, 2),
     (_Session.two_tabs, 3),
     (_Session.chat, 2),
