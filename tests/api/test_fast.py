@@ -20,6 +20,10 @@ from prometheus_client import Metric
 from starlette.testclient import TestClient
 from starlette.types import Message
 from structlog.testing import capture_logs
+from uvicorn.config import Config
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from api import fast, metrics
 from api.app import create_app
@@ -490,3 +494,60 @@ def test_time_of_a_body_counts_whoever_answers(ways: Ways, monkeypatch: pytest.M
     assert ways.client.portal is not None
     ways.client.portal.call(ways.send, replace(POST, body=b"{"), 64, True)
     assert seconds == [5.0]
+
+
+class Wire:
+    """A connection, as the server sees it."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed
+        self.written.append(data)
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def get_extra_info(self, _: str) -> None:
+        return None
+
+    def pause_reading(self) -> None: ...
+
+    resume_reading = set_write_buffer_limits = pause_reading
+
+
+@pytest.mark.parametrize("kind", [HttpToolsProtocol, H11Protocol])
+@pytest.mark.parametrize("close", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_head_and_body_leave_in_one_write(ways: Ways, kind: Any, close: bool, count: int) -> None:
+    """By the real server, whose insides `_OneWrite` has to know; also of requests that come at once."""
+    token = ways.app.state.tokens.issue(ways.user)
+    assert ways.client.portal is not None
+    conversation = ways.client.portal.call(ways.log.create, ways.user, "a title").conversation.id
+    head = f"POST {PATH} HTTP/1.1\r\nHost: testserver\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n"
+    end = f"Content-Length: {len(TEXT)}\r\n{'Connection: close' + chr(13) + chr(10) if close else ''}\r\n".encode() + TEXT
+    wire = Wire()
+
+    async def serve() -> bool:
+        config = Config(ways.app, lifespan="off", log_config=None)
+        config.load()
+        protocol = kind(config, ServerState(), {})
+        protocol.connection_made(wire)
+        protocol.data_received((head.replace("<id>", str(conversation)).encode() + end) * count)
+        async with asyncio.timeout(10):
+            while len(wire.written) < (1 if close else count) or (close and not wire.closed):
+                await asyncio.sleep(0.001)
+        closed = wire.closed
+        protocol.connection_lost(None)
+        return closed
+
+    assert ways.client.portal.call(serve) == close
+    assert len(wire.written) == (1 if close else count)
+    for answer in wire.written:
+        assert answer.startswith(b"HTTP/1.1 201 ")
+        assert answer.endswith(b'"state":"pending"}')
