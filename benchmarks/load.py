@@ -237,7 +237,7 @@ class _Generator:
             self._receive(event.data)
 
     def _receive(self, line: _Line) -> None:
-        part = line.socket.recv(1 << 18)
+        part = line.socket.recv(1 << 16)
         if not part:
             raise SystemExit("the server closed a connection")
         line.received += part
