@@ -34,6 +34,8 @@ NASTY = {
     "not characters": "\ufffe\uffff\ufdd0 \ufffd",
     "invisible": "\u200b",
     "words of JSON": "null",
+    "words of SQL": "NULL",
+    "what arrays mean": '{"a","b\\"} \\" , "',
     "numbers": "1e400",
 }
 REFUSED: dict[str, Any] = {

@@ -305,9 +305,26 @@ def _stage(one: Transaction, words: str, _: Any) -> None:
     one.stage = []
 
 
-def _insert_straight(one: Transaction, words: str, parameters: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+def _insert_straight(one: Transaction, words: str, parameters: Sequence[str]) -> list[tuple[Any, ...]]:
     """`INSERT INTO message (...) SELECT ... FROM unnest(...)`."""
-    return _insert_messages(one, words, [dict(zip(_STAGED, values, strict=True)) for values in zip(*parameters, strict=True)])
+    return _insert_messages(one, words, [dict(zip(_STAGED, values, strict=True)) for values in _rows(parameters)])
+
+
+def _rows(columns: Sequence[str]) -> Iterator[tuple[int | str | None, ...]]:
+    """What `unnest` makes of the texts of arrays."""
+    return zip(*map(_elements, columns), strict=True)
+
+
+def _elements(array: str) -> list[int | str | None]:
+    assert re.fullmatch(rf"\{{({_ELEMENT})?(,({_ELEMENT}))*\}}", array, re.DOTALL), f"this is no array: {array}"
+    plain: dict[str, None] = {"NULL": None}
+    return [
+        re.sub(r"\\(.)", r"\1", one[1:-1], flags=re.DOTALL) if one.startswith('"') else plain[one] if one in plain else int(one)
+        for one in re.findall(_ELEMENT, array, re.DOTALL)
+    ]
+
+
+_ELEMENT = r'"(?:[^"\\]|\\.)*"|NULL|-?\d+'
 
 
 def _insert_staged(one: Transaction, words: str, _: Any) -> list[tuple[Any, ...]]:
@@ -380,9 +397,9 @@ def _note_shard(one: Transaction, words: str, values: Sequence[int]) -> None:
         one.put("shard", row | {"last_id": max(row["last_id"], last_id)})
 
 
-def _update_all(one: Transaction, words: str, parameters: Sequence[Sequence[Any]]) -> None:
+def _update_all(one: Transaction, words: str, parameters: Sequence[str]) -> None:
     names, change = _update(words)
-    for values in zip(*parameters, strict=True):
+    for values in _rows(parameters):
         change(one, dict(zip(names, values, strict=True)))
 
 

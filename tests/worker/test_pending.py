@@ -62,6 +62,10 @@ class TestAppend:
             "' OR 1=1 --",
             '{"a":"\\u0000"}',
             "%s {} $1",
+            'NULL"',
+            "null",
+            "NULL",
+            '{"a\\",b,}',
         ]
         before = time.time() * 1e6
         stored = [(await log.append(user, conversation, "assistant", content)).message for content in nasty]
