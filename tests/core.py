@@ -121,10 +121,10 @@ def forget(redis: Redis, user: int, conversation: int, settings: Settings) -> bo
 
 
 def plant(
-    redis: Redis, shard: int, entry_id: str = "*", *, k: Any = "m", t: Any = 1_800_000_000_000_000, b: Any = b"", x: Any = "", a: Any = ""
+    redis: Redis, shard: int, entry_id: str = "*", *, k: Any = "m", t: Any = 1_800_000_000_000_000, b: Any = b"", x: Any = "", **more: Any
 ) -> bytes:
     """An entry put straight into the log; its id."""
-    return redis.xadd(keys.log(shard), {"k": k, "t": t, "b": b, "x": x, "a": a}, id=entry_id)
+    return redis.xadd(keys.log(shard), {"k": k, "t": t, "b": b, "x": x, "a": "", **more}, id=entry_id)
 
 
 def message_entry(user: int, conversation: int, content: str = "planted", role: str = "user", status: str = "complete") -> bytes:

@@ -28,6 +28,9 @@ Per conversation, without expiry while its field `l` is not 0 (pending), else ex
 | `ck:{s07}:reply:<c>` | stream | the events of that reply, for whoever follows it; gone a minute after the last |
 | `ck:{s07}:stop:<c>` | string | the token of a turn that somebody asked to stop |
 
+The fields of an entry of the log: `k` kind, `u` user, `t` when it was appended (microseconds), `b` body, `x` retry key, `a` the title that
+a message gave its conversation (of a new conversation: the hash of the request), `n` how many entries of the same call come after it.
+
 The conversation's fields: `u` owner, `t` title, `s` created and `a` last activity (microseconds), `m` the last message's id, `l` the last
 pending entry's id or 0, `w` 1 if the cached messages begin with the conversation's first, `k` 1 if all of its retry keys are here, `d` 1 if
 it is deleted (a tombstone), `r` the token of the call that created it.

@@ -686,6 +686,12 @@ class RawEntry(NamedTuple):
         field = self.fields.get
         return len(field(b"b", b"")) + len(field(b"x", b"")) + len(field(b"a", b"")) + ENTRY_OVERHEAD_BYTES
 
+    @property
+    def followers(self) -> int:
+        """How many entries come after it that were appended by the same call."""
+        count = self.fields.get(b"n", b"")
+        return int(count) if count.isdigit() and len(count) < 4 else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Withdrawn:
@@ -719,15 +725,18 @@ def fetch(
     """The oldest entries of these shards (beyond those in `after`), each in its order, in parts: page by page in turn, so that a long log
     keeps no other out.
 
-    At least one entry of each shard, if there is any, and no shard without one. Call it only while holding the shards' locks.
+    At least one entry of each shard, if there is any, and no shard without one. Over `entries_max` goes only what was appended together
+    with the last one of a shard: nobody is to read half of it. Call it only while holding the shards' locks.
     """
     going = {shard: _beyond(after[shard]) if shard in after else "-" for shard in shards}
     total, size, count = 0, 0, max(1, min(_FETCH_PAGE_FIRST, entries_max // len(shards)))
     part: dict[int, list[RawEntry]] = {}
     held, part_size = 0, _PART_FIRST
+    ends: dict[int, RawEntry] = {}
     while going:
         full: dict[int, str] = {}
         for shard, page in zip(going, _pages(client, going, count), strict=True):
+            ends.pop(shard, None)
             if page:
                 entries = [RawEntry(entry_id, fields) for entry_id, fields in page]
                 part.setdefault(shard, []).extend(entries)
@@ -735,9 +744,12 @@ def fetch(
                 total += len(entries)
                 size += sum(entry.size for entry in entries)
                 if len(page) == count:
-                    full[shard] = _beyond(entries[-1].id)
+                    full[shard], ends[shard] = _beyond(entries[-1].id), entries[-1]
         has_room = size < bytes_max and total < entries_max
         going = dict(list(full.items())[: entries_max - total]) if has_room else {}
+        if not going:
+            for shard, entries in _companions(client, ends).items():
+                part.setdefault(shard, []).extend(entries)
         if part and (not going or held > part_size - len(going)):
             yield part
             part, held, part_size = {}, 0, min(2 * part_size, _PART)
@@ -745,6 +757,15 @@ def fetch(
             average = size // total  # a page of the largest messages would take 300 MB
             most = min(part_size - held, entries_max - total, (bytes_max - size) // average + 1)
             count = max(1, most // len(going))
+
+
+def _companions(client: Redis, ends: Mapping[int, RawEntry]) -> dict[int, list[RawEntry]]:
+    """What was appended together with these entries, after each of them."""
+    counts = {shard: entry.followers for shard, entry in ends.items() if entry.followers}
+    if not counts:
+        return {}
+    pages = _pages(client, {shard: _beyond(ends[shard].id) for shard in counts}, max(counts.values()))
+    return {shard: [RawEntry(*one) for one in page[: counts[shard]]] for shard, page in zip(counts, pages, strict=True)}
 
 
 def _beyond(entry_id: bytes) -> str:

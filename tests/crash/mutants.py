@@ -190,6 +190,11 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "batch-split",
+        "a commit comes between messages that were sent together",
+        (Edit("worker/pending.py", "in ends.items() if entry.followers}", "in ends.items() if False}"),),
+    ),
+    Mutant(
         "batch-half",
         "messages that came together are appended by a script run each",
         (

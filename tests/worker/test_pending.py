@@ -12,7 +12,7 @@ import pytest
 
 from api.history import list_conversations, read_conversation
 from tests import core
-from worker import keys, loading, pending
+from worker import flush, keys, loading, pending
 from worker.database import dispose
 from worker.errors import (
     BacklogFull,
@@ -224,14 +224,37 @@ class TestAppendAll:
         assert core.contents(conversation) == told
         core.assert_clean(redis, settings)
 
-    @pytest.mark.parametrize("key", [None, client_key("a")])
-    async def test_a_commit_may_come_between_them(self, settings, redis, log, user, shard, conversation, monkeypatch, key) -> None:
-        monkeypatch.setattr(settings, "flush_batch_max", 2)
-        for name in "abc":
-            await log.append_all(user, conversation, [Draft("user", name), *PAIR], key=key and key + name)
+    @pytest.mark.parametrize("size", range(1, 8))
+    async def test_no_commit_comes_between_them(self, settings, redis, log, user, shard, conversation, monkeypatch, size) -> None:
+        monkeypatch.setattr(settings, "flush_batch_max", size)
+        said = []
+        for i, count in enumerate((1, 3, 2, 1, 100, 4)):
+            said.append([f"{i} {j}" for j in range(count)])
+            await log.append_all(user, conversation, [Draft("user", content) for content in said[-1]])
+        commit, seen = flush._commit, []
+
+        def noted(*arguments):
+            done = commit(*arguments)
+            seen.append(core.contents(conversation))
+            return done
+
+        monkeypatch.setattr(flush, "_commit", noted)
         flush_shard(redis, settings, shard)
-        assert core.contents(conversation) == ["a", "hi", "ho", "b", "hi", "ho", "c", "hi", "ho"]
-        assert core.dead_letters() == []
+        whole = [[content for one in said[:count] for content in one] for count in range(len(said) + 1)]
+        assert [contents for contents in seen if contents not in whole] == []
+        assert core.contents(conversation) == whole[-1]
+        assert len(seen) > 2
+        core.assert_clean(redis, settings)
+
+    async def test_what_somebody_planted_among_them_is_harmless(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:
+        """More followers than there are, and words for a number."""
+        monkeypatch.setattr(settings, "flush_batch_max", 2)
+        for number in (b"3", b"99999999", b"many", b"-1", b""):
+            core.plant(redis, shard, b="{", n=number)
+        await log.append(user, conversation, "user", "hi")
+        flush_shard(redis, settings, shard)
+        assert core.contents(conversation) == ["hi"]
+        assert len(core.dead_letters()) == 5
         core.assert_clean(redis, settings)
 
     async def test_key_is_known_wherever_they_are(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:

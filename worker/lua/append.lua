@@ -59,7 +59,10 @@ for i = FIRST, #ARGV, EACH do
   id, tick = next_id(tonumber(tick), tonumber(ARGV[1]), now)
   if id <= tonumber(known[6]) then return {'NEED_SEED'} end  -- Postgres is ahead of this clock: Redis was restored from an older state
   size = entry_size(body, key, extra)
-  if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[12], ARGV[2], id, tick, size, 'm', now, body, key, extra) then return {'NEED_SEED'} end
+  local followers = (#ARGV - i + 1) / EACH - 1
+  if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[12], ARGV[2], id, tick, size, 'm', now, body, key, extra, followers) then
+    return {'NEED_SEED'}
+  end
   id = int(id)
   redis.call('XADD', KEYS[6], id .. '-0', 't', answer[2], 'b', body)
   if key ~= '' then redis.call('HSET', KEYS[7], key, id .. ':' .. ARGV[i + 2]) end
