@@ -210,6 +210,10 @@ class TestPostgres:
         assert [ask(server, f"SHOW {name}") for name in asked] == ["on", "on", "on", "UTF8", "UTC"]
         assert ask(server, "SELECT datcollate FROM pg_database WHERE datname = current_database()") == "C.UTF-8"
 
+    def test_caches_more_than_by_default_and_no_more_than_a_quarter_of_the_memory(self, running: dict[type[Server], Server]) -> None:
+        cached = int(ask(running[EmbeddedPostgres], "SELECT setting::bigint * 8192 FROM pg_settings WHERE name = 'shared_buffers'"))
+        assert cached >> 20 == min(1 << 30, psutil.virtual_memory().total // 4) >> 20
+
     def test_what_a_crash_in_initdb_left_is_not_taken_for_data(self, home: Path, servers: list[Server]) -> None:
         (home / "postgres" / "data.0123.new" / "base").mkdir(parents=True)
         (home / "postgres").chmod(0o711)
