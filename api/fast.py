@@ -90,45 +90,38 @@ async def _send(working: Awaitable[Response], state: State, method: str, route: 
 
 
 class _OneWrite:
-    """Stands where uvicorn has the connection while it is given an answer, so that head and body leave together.
+    """Stands where uvicorn has the connection until the second write of an answer, so that head and body leave together.
 
     By itself it writes them one after the other, and uvloop does so at once: two system calls here, and two wake-ups of the client.
     Another server is left alone.
     """
 
-    __slots__ = ("_answering", "_parts", "_transport")
+    __slots__ = ("_answering", "_head", "_transport")
 
     def __init__(self, send: Send) -> None:
         self._answering: Any = getattr(send, "__self__", None)
         self._transport: Any = getattr(self._answering, "transport", None)
-        self._parts: list[bytes] = []
+        self._head: bytes | None = None
 
     def __enter__(self) -> None:
         if self._transport is not None:
             self._answering.transport = self
 
     def __exit__(self, *_: object) -> None:
-        if self._transport is not None:
-            self._answering.transport = self._transport
-            self._flush()
+        if self._transport is not None and self._answering.transport is self:
+            self._give_back(b"")
 
     def write(self, data: bytes) -> None:
-        """As the transport's."""
-        self._parts.append(data)
+        """As the transport's. With the body the server goes on to what comes next on this connection: it has to be on its way before."""
+        if self._head is None:
+            self._head = data
+        else:
+            self._give_back(data)
 
-    def close(self) -> None:
-        """As the transport's: what was written is sent first."""
-        self._flush()
-        self._transport.close()
-
-    def is_closing(self) -> bool:
-        """As the transport's."""
-        return bool(self._transport.is_closing())
-
-    def _flush(self) -> None:
-        parts, self._parts = self._parts, []
-        if parts:
-            self._transport.write(b"".join(parts))
+    def _give_back(self, data: bytes) -> None:
+        self._answering.transport = self._transport
+        if whole := (self._head or b"") + data:
+            self._transport.write(whole)
 
 
 async def _done(working: Awaitable[Response], state: State) -> Response:
