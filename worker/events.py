@@ -51,6 +51,10 @@ class _User:
     after: str
     readers: set[asyncio.Queue[UserEvent | None]] = field(default_factory=set)
 
+    def tell(self, event: UserEvent) -> None:
+        for reader in self.readers:
+            _offer(reader, event)
+
 
 class EventHub:
     """The event streams of this process's users; `start` before use, `close` after."""
@@ -121,22 +125,47 @@ class EventHub:
 
     async def _poll(self, *, refresh: bool) -> None:
         shards: dict[int, list[int]] = defaultdict(list)
-        for user_id in self._users:
+        asked = {user_id: user.after for user_id, user in self._users.items()}
+        for user_id in asked:
             shards[keys.shard_of_user(user_id, self._settings.shards)].append(user_id)
         async with self._client.pipeline(transaction=False) as pipeline:
             for users in shards.values():
-                streams = {self._key(user_id): self._users[user_id].after for user_id in users}
+                streams = {self._key(user_id): asked[user_id] for user_id in users}
                 pipeline.xread(streams, count=_COUNT)  # type: ignore[arg-type]  # invariant dict
             answers = await pipeline.execute()
             if refresh:
                 for name in map(self._key, self._users):
                     pipeline.pexpire(name, LIFETIME_MS)
                 await pipeline.execute()
-        by_key = {self._key(user_id).encode(): user_id for user_id in self._users}
-        for answer in answers:
-            for key, entries in answer or ():
-                if key in by_key:
-                    self._deliver(by_key[key], entries)
+        by_key = {self._key(user_id).encode(): user_id for user_id in asked}
+        found = [(by_key[key], entries) for answer in answers for key, entries in answer or () if key in by_key]
+        overtaken = await self._overtaken([user_id for user_id, entries in found if len(entries) == _COUNT])
+        for user_id, entries in found:
+            user = self._users.get(user_id)
+            if user is None or user.after != asked[user_id]:  # a newcomer has to begin before these
+                continue
+            if user_id in overtaken:
+                user.after = overtaken[user_id]
+                user.tell(UserEvent(user.after, "resync", b"{}"))
+            else:
+                self._deliver(user_id, entries)
+
+    async def _overtaken(self, user_ids: list[int]) -> dict[int, str]:
+        """Those who may have missed something, because so much was written that the stream no longer goes back to where they are; and its
+        end."""
+        if not user_ids:
+            return {}
+        async with self._client.pipeline(transaction=False) as pipeline:
+            for name in map(self._key, user_ids):
+                pipeline.xrange(name, "-", "+", 1)
+                pipeline.xrevrange(name, "+", "-", 1)
+            answers = await pipeline.execute()
+        found = {}
+        for user_id, oldest, newest in zip(user_ids, answers[::2], answers[1::2], strict=True):
+            user = self._users.get(user_id)
+            if user and oldest and newest and _order(oldest[0][0].decode()) > _order(user.after):
+                found[user_id] = newest[0][0].decode()
+        return found
 
     def _deliver(self, user_id: int, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> None:
         user = self._users[user_id]
@@ -144,8 +173,7 @@ class EventHub:
             user.after = entry_id.decode()
             event = _event(user_id, user.after, fields)
             if event is not None:
-                for reader in user.readers:
-                    _offer(reader, event)
+                user.tell(event)
 
     def _key(self, user_id: int) -> str:
         return keys.events(keys.shard_of_user(user_id, self._settings.shards), user_id)

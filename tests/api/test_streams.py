@@ -485,6 +485,49 @@ class TestEvents:
         async with opened(site, "GET", "/api/events", headers={"Last-Event-ID": "1-1"}) as events:
             assert (await events.next() or {})["event"] == "resync"
 
+    async def test_a_reader_who_is_overtaken_is_told(self, site: Site) -> None:
+        """More is written between two looks than the stream holds."""
+        session = await site.start()
+        messages = [{"role": "user", "content": str(number)} for number in range(100)]
+        async with opened(site, "GET", "/api/events") as events:
+            assert (await events.next() or {})["event"] == "resync"
+            for _ in range(15):
+                await site.http.post(f"/api/conversations/{session}/messages/batch", json={"messages": messages})
+            got = []
+            while not got or (got[-1] != "resync" and len(got) < 1500):
+                got.append((await events.next() or {})["event"])
+            assert got.count("message") == 1500 or got[-1] == "resync"
+            last = (await site.http.post(f"/api/conversations/{session}/messages", json=messages[0])).json()["id"]
+            while (await events.next() or {})["data"].get("id") != last:
+                pass
+
+    async def test_newcomer_who_has_seen_less_is_not_forgotten(self, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+        """He comes while the others' events are under way, and begins before them."""
+        hub = site.app.state.events
+        async with opened(site, "GET", "/api/events") as events:
+            start = await events.next() or {}
+            early = await site.start()
+            assert (await events.next() or {})["data"]["id"] == int(early)
+            overtaken, late = hub._overtaken, asyncio.Event()
+            newcomers = []
+
+            async def meanwhile(user_ids: Any) -> Any:
+                if hub._users and not late.is_set():
+                    late.set()
+                    newcomer = aiter(hub.subscribe(next(iter(hub._users)), start["id"]))
+                    newcomers.append(asyncio.ensure_future(anext(newcomer)))
+                    await asyncio.sleep(0.1)
+                return await overtaken(user_ids)
+
+            await site.start()
+            monkeypatch.setattr(hub, "_overtaken", meanwhile)
+            async with asyncio.timeout(10):
+                await late.wait()
+                [newcomer] = newcomers
+                event = await newcomer
+            assert event is not None
+            assert json.loads(event.data)["id"] == int(early)
+
     async def test_nobody_elses(self, site: Site, settings: Settings) -> None:
         other = core.make_user()
         headers = {"Authorization": f"Bearer {site.app.state.tokens.issue(other)}"}
