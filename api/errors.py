@@ -58,6 +58,8 @@ _STATUS: Mapping[type[ChatkeepError], int] = {
 }
 _TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
 """Where Python 3.11 still has the older names."""
+ERRORS_MAX = 20
+"""Of one body: 90,000 unknown fields were answered with 7 MB."""
 _PLAIN_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,39}")
 log = structlog.get_logger(__name__)
 
@@ -178,7 +180,7 @@ async def _on_problem(_: Request, exc: Problem) -> Response:
 
 
 async def _on_invalid(_: Request, exc: RequestValidationError) -> Response:
-    errors = [_error(error) for error in exc.errors()]
+    errors = [_error(error) for error in exc.errors()[:ERRORS_MAX]]
     if exc.errors() and exc.errors()[0]["type"] == "json_invalid":
         return problem(422, "unprocessable", "The body is not valid JSON.", errors=errors)
     return problem(422, "unprocessable", (Unprocessable.__doc__ or "").strip(), errors=errors)

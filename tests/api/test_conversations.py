@@ -332,6 +332,11 @@ class TestMessage:
         problem(send(ann, messages_of(conversation), {"role": "user", "content": "x", extra: 1}), 422)
         assert ann.page(conversation)["items"] == []
 
+    def test_no_more_errors_are_told_than_anybody_reads(self, ann: Person) -> None:
+        conversation = ann.start()["id"]
+        body = {f"unknown{number}": 1 for number in range(5000)}
+        assert len(problem(send(ann, messages_of(conversation), body), 422)["errors"]) == 20
+
     def test_every_text_that_is_accepted_is_inserted(self, served: House, ann: Person) -> None:
         conversation = ann.start("t")["id"]
         accepted: list[str] = []
