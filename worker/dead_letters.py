@@ -96,7 +96,7 @@ def replay_one(letter: int) -> str | None:
             return "there is no such dead letter"
         if row.replayed_at is not None:
             return None
-        entry = RawEntry(row.entry_id.encode(), unreadable(row.entry))
+        entry = RawEntry.of(row.entry_id.encode(), unreadable(row.entry))
         if not try_lock(cursor, [row.shard]):
             return "its shard is being flushed; try again"
         persisted = persist_batch(cursor, settings.shards, decode_batch({row.shard: [entry]}), by_hand=True)

@@ -35,6 +35,8 @@ The conversation's fields: `u` owner, `t` title, `s` created and `a` last activi
 pending entry's id or 0, `w` 1 if the cached messages begin with the conversation's first, `k` 1 if all of its retry keys are here, `d` 1 if
 it is deleted (a tombstone), `r` the token of the call that created it.
 
+A retry key is `k:<the client's>` (of the second message of a call `1:k:…`, and so on) or `r:<id of the message that is replied to>`.
+
 Per user:
 
 | key | type | holds |

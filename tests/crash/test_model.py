@@ -413,6 +413,7 @@ def test_the_promise_holds_for_what_came_together_while_it_is_flushed(doing: str
         assert not violations, "\n".join([*map(str, violations), f"{doing}, while a flush stands at step {committed}"])
         if ended:
             break
+    assert ended
 
 
 def _stop_at(scene: Scene, doing: str, stopped_at: int, fate: Fate) -> bool:

@@ -201,7 +201,7 @@ class TestIndexes:
                 assert plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0) <= limits[number]
             assert number == 2
             wanted: Any
-            for find, wanted in ((loading.find_messages, [2]), (loading.find_retry_keys, ["k:2"])):
+            for find, wanted in ((loading.find_messages, [2]), (loading.find_retry_keys, [f"{n}:k:2" for n in range(100)])):
                 [(statement, values), *_] = _asked(partial(find, conversation, user, wanted, 30))
                 assert _plan(statement, values)["Index Name"] in ("pk_message", "uq_message_conversation_id_idempotency_key")
         [(statement, values)] = _asked(partial(loading.find_created_key, 1, "6", 30))

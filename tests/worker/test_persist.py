@@ -384,7 +384,7 @@ class TestReadable:
     @given(st.dictionaries(st.binary(max_size=8), st.binary(max_size=40), max_size=5))
     @hypothesis_settings(max_examples=200, deadline=None)
     async def test_whatever_bytes_an_entry_holds_they_come_back(self, fields) -> None:
-        kept = readable(pending.RawEntry(b"1-0", fields))
+        kept = readable(pending.RawEntry.of(b"1-0", fields))
         assert kept.isascii()
         assert "\x00" not in kept
         assert unreadable(kept) == fields

@@ -774,7 +774,7 @@ def _raw(url: str, role: str, statement: str) -> None:
 
 def _entry(number: int, kind: str, body: bytes, x: str = "") -> RawEntry:
     moment = b"1800000000000000"
-    return RawEntry(f"{number}-0".encode(), {b"k": kind.encode(), b"t": moment, b"b": body, b"x": x.encode(), b"a": b""})
+    return RawEntry.of(f"{number}-0".encode(), {b"k": kind.encode(), b"t": moment, b"b": body, b"x": x.encode(), b"a": b""})
 
 
 def _in_threads(works: Sequence[Callable[[], None]]) -> list[BaseException]:

@@ -11,7 +11,8 @@
 --   {'NEED_SEED'} the clock is gone   {'FULL'} the backlog is at its limit   {'USER_FULL'}   {'KEY_REUSED'}   {'TURN_RUNNING'}
 --   {'TOO_MANY', for how long (ms)}
 -- Run twice with retry keys it appends once; that is what makes a lost reply harmless. Where the first key is known, so are the others that
--- came with it: they are written together, asked for together, and loaded from the newest on.
+-- came with it: they are written together, committed together, asked for together, and loaded from the newest on. (Unless one of them became
+-- a dead letter, which no append should: then a retry after the cache has gone may be refused as another list, or stored again.)
 local FIRST, EACH = 13, 3
 local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 't', 'k', 'm', 'a', 's')
 if known[1] ~= ARGV[2] then return {'UNKNOWN'} end  -- also somebody else's: nobody may learn which ids there are, not even while Postgres is away
