@@ -192,7 +192,7 @@ MUTANTS = (
     Mutant(
         "batch-split",
         "a commit comes between messages that were sent together",
-        (Edit("worker/pending.py", "in ends.items() if entry.followers}", "in ends.items() if False}"),),
+        (Edit("worker/pending.py", "        if entry.followers:\n", "        if False:\n"),),
     ),
     Mutant(
         "batch-half",
