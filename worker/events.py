@@ -138,7 +138,7 @@ class EventHub:
                     pipeline.pexpire(name, LIFETIME_MS)
                 await pipeline.execute()
         by_key = {self._key(user_id).encode(): user_id for user_id in asked}
-        found = [(by_key[key], entries) for answer in answers for key, entries in answer or () if key in by_key]
+        found = [(by_key[key], entries) for answer in answers for key, entries in answer or ()]
         overtaken = await self._overtaken([user_id for user_id, entries in found if len(entries) == _COUNT])
         for user_id, entries in found:
             user = self._users.get(user_id)

@@ -90,11 +90,11 @@ _LOAD = text(
 
 
 def find_messages(conversation_id: int, user_id: int, ids: Sequence[int], seconds: float) -> CommittedMessages:
-    """Those of these messages that are committed, in the order of their ids."""
+    """Those of these messages that are committed, in no order."""
     values = {"conversation": conversation_id, "user": user_id, "ids": list(ids)}
     with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
         rows = connection.execute(_MESSAGES, values).all()
-    return CommittedMessages(conversation_id, user_id, sorted(rows, key=itemgetter(0)))
+    return CommittedMessages(conversation_id, user_id, rows)
 
 
 _MESSAGES = text(
@@ -105,12 +105,15 @@ _MESSAGES = text(
 def find_retry_keys(conversation_id: int, user_id: int, keys: Sequence[str], seconds: float) -> tuple[tuple[str, str], ...]:
     """Those of these keys that Postgres knows, with their values as the cache keeps them; and that of the reply to the first's message."""
     with transaction(seconds=seconds, read_only=True, user=user_id) as connection:
-        values = {"conversation": conversation_id, "user": user_id}
-        found = [(key, value) for key, value in connection.execute(_KEYS, values | {"keys": list(keys)})]
-        first = next((value for key, value in found if key == keys[0]), None)
-        if first is not None:
-            found += [(key, value) for key, value in connection.execute(_KEYS, values | {"keys": ["r:" + first.partition(":")[0]]})]
-    return tuple(found)
+
+        def ask(wanted: Sequence[str]) -> dict[str, str]:
+            values = {"conversation": conversation_id, "user": user_id, "keys": list(wanted)}
+            return {row[0]: row[1] for row in connection.execute(_KEYS, values)}
+
+        found = ask(keys)
+        if first := found.get(keys[0]):
+            found |= ask(["r:" + first.partition(":")[0]])
+    return tuple(found.items())
 
 
 _KEYS = text(

@@ -685,11 +685,8 @@ class RawEntry(NamedTuple):
     @classmethod
     def of(cls, entry_id: bytes, fields: dict[bytes, bytes]) -> RawEntry:
         """With its size, which is asked for twice."""
-        try:
-            size = len(fields[b"b"]) + len(fields[b"x"]) + len(fields[b"a"])
-        except KeyError:  # no append has written it
-            size = sum(len(fields.get(name, b"")) for name in (b"b", b"x", b"a"))
-        return cls(entry_id, fields, size + ENTRY_OVERHEAD_BYTES)
+        field = fields.get
+        return cls(entry_id, fields, len(field(b"b", b"")) + len(field(b"x", b"")) + len(field(b"a", b"")) + ENTRY_OVERHEAD_BYTES)
 
     @property
     def followers(self) -> int:

@@ -521,61 +521,62 @@ class Wire:
     resume_reading = set_write_buffer_limits = pause_reading
 
 
-@pytest.mark.parametrize("kind", [HttpToolsProtocol, H11Protocol])
-@pytest.mark.parametrize("close", [False, True])
-@pytest.mark.parametrize("count", [1, 3])
-def test_head_and_body_leave_in_one_write(ways: Ways, kind: Any, close: bool, count: int) -> None:
-    """By the real server, whose insides `_OneWrite` has to know; also of requests that come at once."""
-    token = ways.app.state.tokens.issue(ways.user)
-    assert ways.client.portal is not None
-    conversation = ways.client.portal.call(ways.log.create, ways.user, "a title").conversation.id
-    head = f"POST {PATH} HTTP/1.1\r\nHost: testserver\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n"
-    end = f"Content-Length: {len(TEXT)}\r\n{'Connection: close' + chr(13) + chr(10) if close else ''}\r\n".encode() + TEXT
-    wire = Wire()
+def serve(ways: Ways, kind: Any, wire: Wire, data: bytes, until: Callable[[], bool]) -> bool:
+    """Has one of the real server's protocols take this from a connection; whether it has closed it then."""
 
-    async def serve() -> bool:
+    async def run() -> bool:
         config = Config(ways.app, lifespan="off", log_config=None)
         config.load()
         protocol = kind(config, ServerState(), {})
         protocol.connection_made(wire)
-        protocol.data_received((head.replace("<id>", str(conversation)).encode() + end) * count)
+        protocol.data_received(data)
         async with asyncio.timeout(10):
-            while len(wire.written) < (1 if close else count) or (close and not wire.closed):
+            while not until():
                 await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)  # for what should not come
         closed = wire.closed
         protocol.connection_lost(None)
         return closed
 
-    assert ways.client.portal.call(serve) == close
-    assert len(wire.written) == (1 if close else count)
+    assert ways.client.portal is not None
+    return ways.client.portal.call(run)
+
+
+def raw_post(ways: Ways, *headers: str) -> bytes:
+    """A usual request as it comes over the wire."""
+    assert ways.client.portal is not None
+    conversation = ways.client.portal.call(ways.log.create, ways.user, "a title").conversation.id
+    token = ways.app.state.tokens.issue(ways.user)
+    lines = [
+        f"POST {PATH.replace('<id>', str(conversation))} HTTP/1.1",
+        *("Host: testserver", f"Authorization: Bearer {token}", "Content-Type: application/json", f"Content-Length: {len(TEXT)}"),
+        *headers,
+    ]
+    return "\r\n".join([*lines, "", ""]).encode() + TEXT
+
+
+each_protocol = pytest.mark.parametrize("kind", [HttpToolsProtocol, H11Protocol])
+
+
+@each_protocol
+@pytest.mark.parametrize("close", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_head_and_body_leave_in_one_write(ways: Ways, kind: Any, close: bool, count: int) -> None:
+    """By the real server, whose insides `_OneWrite` has to know; also of requests that come at once."""
+    wire, data = Wire(), raw_post(ways, *["Connection: close"] * close) * count
+    answers = 1 if close else count
+    assert serve(ways, kind, wire, data, lambda: len(wire.written) >= answers and wire.closed >= close) == close
+    assert len(wire.written) == answers
     for answer in wire.written:
         assert answer.startswith(b"HTTP/1.1 201 ")
         assert answer.endswith(b'"state":"pending"}')
 
 
-@pytest.mark.parametrize("kind", [HttpToolsProtocol, H11Protocol])
+@each_protocol
 def test_answer_leaves_before_the_server_looks_at_what_comes_next(ways: Ways, kind: Any) -> None:
     """Which it may not understand (h11 wants a Host): then it says so, and closes the connection."""
-    token = ways.app.state.tokens.issue(ways.user)
-    assert ways.client.portal is not None
-    conversation = ways.client.portal.call(ways.log.create, ways.user, "a title").conversation.id
-    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\r\nContent-Type: application/json\r\n"
-    request = (head + f"Content-Length: {len(TEXT)}\r\n\r\n").replace("<id>", str(conversation)).encode() + TEXT
     wire = Wire()
-
-    async def serve() -> None:
-        config = Config(ways.app, lifespan="off", log_config=None)
-        config.load()
-        protocol = kind(config, ServerState(), {})
-        protocol.connection_made(wire)
-        protocol.data_received(request + b"GET / HTTP/1.1\r\n\r\n")
-        async with asyncio.timeout(10):
-            while not wire.written:
-                await asyncio.sleep(0.001)
-        await asyncio.sleep(0.05)
-        protocol.connection_lost(None)
-
-    ways.client.portal.call(serve)
+    serve(ways, kind, wire, raw_post(ways) + b"GET / HTTP/1.1\r\n\r\n", lambda: bool(wire.written))
     assert wire.written[0].startswith(b"HTTP/1.1 201 ")
     assert wire.written[0].endswith(b'"state":"pending"}')
     assert not any(b"201 Created" in answer for answer in wire.written[1:])

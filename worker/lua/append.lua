@@ -14,6 +14,7 @@
 -- came with it: they are written together, committed together, asked for together, and loaded from the newest on. (Unless one of them became
 -- a dead letter, which no append should: then a retry after the cache has gone may be refused as another list, or stored again.)
 local FIRST, EACH = 13, 3
+local ALONE = {}
 local known = redis.call('HMGET', KEYS[5], 'u', 'd', 'l', 't', 'k', 'm', 'a', 's')
 if known[1] ~= ARGV[2] then return {'UNKNOWN'} end  -- also somebody else's: nobody may learn which ids there are, not even while Postgres is away
 if known[2] == '1' then return {'NOT_FOUND'} end
@@ -61,7 +62,8 @@ for i = FIRST, #ARGV, EACH do
   if id <= tonumber(known[6]) then return {'NEED_SEED'} end  -- Postgres is ahead of this clock: Redis was restored from an older state
   size = entry_size(body, key, extra)
   local followers = (#ARGV - i + 1) / EACH - 1
-  if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[12], ARGV[2], id, tick, size, 'm', now, body, key, extra, followers) then
+  local more = followers > 0 and {'n', followers} or ALONE
+  if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[12], ARGV[2], id, tick, size, 'm', now, body, key, extra, unpack(more)) then
     return {'NEED_SEED'}
   end
   id = int(id)

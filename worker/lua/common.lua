@@ -24,17 +24,11 @@ local function held(lease, longest_ms)
   return left > 0 and left <= tonumber(longest_ms)
 end
 
--- Appends one entry; `followers`, if any, is how many the same script appends after it. The XADD comes first: a script that is over `maxmemory`
--- fails at its first growing write, before anything changed.
+-- Appends one entry; `...` are further fields. The XADD comes first: a script that is over `maxmemory` fails at its first growing write, before
+-- anything changed.
 -- False, and nothing written, if the log already holds a higher id (its clock is behind: seed it).
-local function append_entry(log, clock, bytes, users, user, id, tick, size, kind, microseconds, body, key, extra, followers)
-  id, microseconds = int(id) .. '-0', int(microseconds)
-  local added
-  if followers and followers > 0 then
-    added = redis.pcall('XADD', log, id, 'k', kind, 'u', user, 't', microseconds, 'b', body, 'x', key, 'a', extra, 'n', followers)
-  else
-    added = redis.pcall('XADD', log, id, 'k', kind, 'u', user, 't', microseconds, 'b', body, 'x', key, 'a', extra)
-  end
+local function append_entry(log, clock, bytes, users, user, id, tick, size, kind, microseconds, body, key, extra, ...)
+  local added = redis.pcall('XADD', log, int(id) .. '-0', 'k', kind, 'u', user, 't', int(microseconds), 'b', body, 'x', key, 'a', extra, ...)
   if type(added) == 'table' and added.err then
     if string.find(added.err, 'equal or smaller', 1, true) or string.find(added.err, 'last possible ID', 1, true) then return false end
     error(added.err)
