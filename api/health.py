@@ -23,11 +23,11 @@ from sqlalchemy.engine import URL
 
 from api import metrics
 from api.schemas import CheckOut, Liveness, ReadinessOut
-from worker import keys
+from worker import backlog, keys
 from worker.accounts import ask_postgres
+from worker.backlog import ShardBacklog
 from worker.database import sqlalchemy_url
 from worker.errors import PostgresUnavailable, TryAgainLater
-from worker.pending import ShardBacklog, backlog
 from worker.redis import KEEPS_WRITES, Check, DurabilityMonitor
 from worker.settings import Settings
 from worker.threads import DatabaseThreads
@@ -171,7 +171,7 @@ def _first(value: object) -> str:
 def _ask_redis(client: Redis, shards: int) -> tuple[list[ShardBacklog] | None, dict[str, int] | None]:
     try:
         counted = cast("dict[bytes, bytes]", client.hgetall(keys.STATS))
-        return backlog(client, shards), {name.decode(): int(value) for name, value in counted.items()}
+        return backlog.look(client, shards), {name.decode(): int(value) for name, value in counted.items()}
     except (RedisError, TryAgainLater) as exc:
         log.warning("metrics without redis", error=type(exc).__name__)
         return None, None

@@ -16,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from worker.pending import ShardBacklog
+from worker.backlog import ShardBacklog
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the output, and rate() does not need them
 

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from redis import Redis
 
 from benchmarks.processes import Processes, answers
-from worker import keys, pending
+from worker import backlog, keys
 from worker.broker import make_app
 from worker.embedded import free_port
 from worker.redis import connect_sync
@@ -148,11 +148,11 @@ class Chatkeep:
     def hold(self, milliseconds: int = 55_000) -> None:
         """Nobody asks for a flush for this long: a backlog can be built."""
         for shard in self.shards:
-            pending.hold_flushes(self.redis, shard, milliseconds)
+            backlog.hold_flushes(self.redis, shard, milliseconds)
 
     def unhold(self, shard: int) -> None:
         """Whoever appends next to this shard asks for its flush."""
-        pending.clear_wakes(self.redis, [shard])
+        backlog.clear_wakes(self.redis, [shard])
 
     def release(self, shards: Sequence[int] | None = None) -> None:
         """Asks for a flush of each shard now."""

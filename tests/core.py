@@ -18,7 +18,7 @@ from redis import Redis
 
 from api.dependencies import Page
 from api.history import read_history
-from worker import flush, keys, pending
+from worker import backlog, flush, keys
 from worker.codec import conversation_body, message_body
 from worker.flush import Report, flush_shard
 from worker.pending import PendingLog
@@ -85,9 +85,9 @@ def text(body: bytes) -> str:
     return str(orjson.loads(body)["content"])
 
 
-def fetched(redis: Redis, shard: int, entries_max: int = 5000, bytes_max: int = 1 << 25) -> list[pending.RawEntry]:
+def fetched(redis: Redis, shard: int, entries_max: int = 5000, bytes_max: int = 1 << 25) -> list[backlog.RawEntry]:
     """What a flush would read of a shard's log."""
-    return [entry for part in pending.fetch(redis, [shard], entries_max, bytes_max, {}) for entry in part[shard]]
+    return [entry for part in backlog.fetch(redis, [shard], entries_max, bytes_max, {}) for entry in part[shard]]
 
 
 def flush_all(redis: Redis, settings: Settings) -> list[Report]:
@@ -97,7 +97,7 @@ def flush_all(redis: Redis, settings: Settings) -> list[Report]:
 
 def assert_clean(redis: Redis, settings: Settings) -> None:
     """Nothing is pending and nothing says so: logs empty, no bytes counted, everything of conversations and users on its way out."""
-    for one in pending.backlog(redis, settings.shards):
+    for one in backlog.look(redis, settings.shards):
         assert (one.entries, one.bytes) == (0, 0), one
     for name in (key.decode() for key in redis.scan_iter("ck:*", count=1000)):
         match = re.fullmatch(r"ck:\{s\d\d\}:(\w+)(?::(\d+))?", name)
@@ -224,11 +224,11 @@ def gates() -> Iterator[None]:
         return call
 
     with (
-        mock.patch.object(pending, "clear_wakes", gated("wake", pending.clear_wakes)),
+        mock.patch.object(backlog, "clear_wakes", gated("wake", backlog.clear_wakes)),
         mock.patch.object(flush, "try_lock", gated("lock", flush.try_lock)),
-        mock.patch.object(pending, "fetch", gated("fetch", pending.fetch)),
+        mock.patch.object(backlog, "fetch", gated("fetch", backlog.fetch)),
         mock.patch.object(flush, "persist_batch", gated("persist", flush.persist_batch, after="commit")),
-        mock.patch.object(pending, "trim", gated("trim", pending.trim)),
+        mock.patch.object(backlog, "trim", gated("trim", backlog.trim)),
     ):
         yield
 

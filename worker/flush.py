@@ -22,7 +22,7 @@ from psycopg2.extensions import cursor as Cursor
 from redis import Redis
 from redis.exceptions import RedisError
 
-from worker import crashpoints, keys, pending
+from worker import backlog, crashpoints, keys
 from worker.database import raw_cursor, transaction
 from worker.persist import Persisted, decode_batch, persist_batch, try_lock
 from worker.settings import Settings
@@ -46,7 +46,7 @@ BATCH_BUCKETS = (1, 10, 100, 1000, 5000, 10_000, 100_000)
 SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-_Entries: TypeAlias = dict[int, list[pending.RawEntry]]
+_Entries: TypeAlias = dict[int, list[backlog.RawEntry]]
 """Entries of each shard, in its order."""
 
 
@@ -124,7 +124,7 @@ def _commit(
     """
     started = time.monotonic()
     entries_max = max(1, settings.flush_batch_max >> halvings)
-    waiting = pending.clear_wakes(client, report.more)
+    waiting = backlog.clear_wakes(client, report.more)
     if not waiting:  # so that an idle Postgres is left asleep
         return None, []
     now, later = waiting[:entries_max], waiting[entries_max:]
@@ -135,7 +135,7 @@ def _commit(
         if not locked:
             return None, later
         crashpoints.visit("flush:locked")
-        entries, persisted = _write(cursor, settings, pending.fetch(client, locked, entries_max, BATCH_BYTES_MAX >> halvings, after))
+        entries, persisted = _write(cursor, settings, backlog.fetch(client, locked, entries_max, BATCH_BYTES_MAX >> halvings, after))
         if not entries:
             return None, later
         crashpoints.visit("flush:before_commit")
@@ -192,10 +192,10 @@ def _write(cursor: Cursor, settings: Settings, parts: Iterator[_Entries]) -> tup
 
 
 def trim_batches(
-    client: Redis, settings: Settings, batches: Mapping[int, Sequence[pending.RawEntry]], persisted: Persisted
-) -> dict[int, pending.Trimmed]:
+    client: Redis, settings: Settings, batches: Mapping[int, Sequence[backlog.RawEntry]], persisted: Persisted
+) -> dict[int, backlog.Trimmed]:
     """Trims in chunks, in each log's order; each conversation is settled with its last entry. What is left in each shard."""
-    left: dict[int, pending.Trimmed] = {}
+    left: dict[int, backlog.Trimmed] = {}
     settled = {(keys.shard_of_id(number), one.last.id): (number, one.user_id) for number, one in persisted.conversations.items()}
     for start in range(0, max(map(len, batches.values())), _TRIM_CHUNK):
         parts = []
@@ -206,8 +206,8 @@ def trim_batches(
                 withdrawn = [gone for gone in persisted.withdrawn if gone.conversation_id in numbers]
                 appended = (entry.id for entry in reversed(chunk) if (shard, entry.id) not in persisted.planted)  # in the order of ids
                 committed = keys.entry_number(next(appended, b"")) or 0
-                parts.append(pending.Trim(shard, chunk, committed, conversations, withdrawn))
-        trimmed = pending.trim(client, parts, ttl_seconds=settings.cache_ttl_seconds, messages_kept=settings.cache_messages_max)
+                parts.append(backlog.Trim(shard, chunk, committed, conversations, withdrawn))
+        trimmed = backlog.trim(client, parts, ttl_seconds=settings.cache_ttl_seconds, messages_kept=settings.cache_messages_max)
         left |= zip((part.shard for part in parts), trimmed, strict=True)
     return left
 

@@ -18,7 +18,7 @@ import structlog
 from celery import Celery
 from redis import Redis
 
-from worker import pending
+from worker import backlog
 from worker.errors import TryAgainLater
 from worker.settings import Settings, get_settings
 
@@ -34,15 +34,15 @@ log = structlog.get_logger(__name__)
 
 def note_activity(client: Redis) -> None:
     """Called when a task begins or ends."""
-    pending.note_worker(client, socket.gethostname(), time.time())
+    backlog.note_worker(client, socket.gethostname(), time.time())
 
 
 def stalled(client: Redis, app: Celery, settings: Settings, host: str, now: float, since: float) -> str | None:
     """What is wrong with the worker on `host`, or None. `since`: when it began to be watched, so that a fresh one gets its time."""
     patience = max(STALLED_SECONDS, settings.flush_timeout_seconds + 4)
-    backlogs = pending.backlog(client, settings.shards)
+    backlogs = backlog.look(client, settings.shards)
     oldest = max((one.oldest_age_seconds for one in backlogs if one.entries), default=0.0)
-    active = max(pending.worker_active_at(client, host) or 0.0, since)
+    active = max(backlog.worker_active_at(client, host) or 0.0, since)
     if oldest < patience or now - active < patience:
         return None
     waiting = _queued(app)

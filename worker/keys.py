@@ -142,6 +142,11 @@ def retry_keys(shard: int, conversation_id: int) -> str:
     return f"ck:{{s{shard:02d}}}:k:{conversation_id}"
 
 
+def of_conversation(shard: int, conversation_id: int) -> list[str]:
+    """The three that a conversation consists of, in the order in which the scripts take them."""
+    return [conversation(shard, conversation_id), messages(shard, conversation_id), retry_keys(shard, conversation_id)]
+
+
 def loading(shard: int, conversation_id: int) -> str:
     return f"ck:{{s{shard:02d}}}:load:{conversation_id}"
 

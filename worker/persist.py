@@ -21,10 +21,10 @@ from psycopg2.extensions import cursor as Cursor
 from psycopg2.extras import execute_values
 
 from worker import crashpoints, keys
+from worker.backlog import RawEntry, Withdrawn
 from worker.codec import Entry, decode_entry, to_datetime
 from worker.errors import BadEntry
 from worker.loading import SHARD_LOCK
-from worker.pending import RawEntry, Withdrawn
 
 _STAGE = """
 CREATE TEMP TABLE IF NOT EXISTS stage (

@@ -10,7 +10,7 @@ from typing import Any
 import structlog
 from redis import Redis
 
-from worker import crashpoints, loading, pending
+from worker import backlog, crashpoints, loading
 from worker.app import app
 from worker.database import sqlalchemy_url
 from worker.errors import TryAgainLater
@@ -69,9 +69,9 @@ def sweep() -> dict[str, Any]:
     late = max(SWEEP_AGE_SECONDS, 3 * settings.flush_interval_ms / 1000)
     try:
         note_activity(client())
-        backlogs = pending.backlog(client(), settings.shards)
+        backlogs = backlog.look(client(), settings.shards)
         asked = [
-            one.shard for one in backlogs if one.entries and one.oldest_age_seconds > late and pending.ask_for_flush(client(), one.shard)
+            one.shard for one in backlogs if one.entries and one.oldest_age_seconds > late and backlog.ask_for_flush(client(), one.shard)
         ]
     except TryAgainLater as exc:
         log.warning("sweep postponed", error=type(exc).__name__)
@@ -89,12 +89,12 @@ def check_installation() -> None:
     settings = get_settings()
     sqlalchemy_url(settings.database_url.get_secret_value())  # while Redis knows the number, nothing else would look at it
     redis = client()
-    made_with = pending.made_with_shards(redis)
+    made_with = backlog.made_with_shards(redis)
     if made_with is None:
         made_with = loading.shards_in_postgres(settings.postgres_timeout_seconds)
     loading.check_shards(made_with or settings.shards, settings.shards)
-    pending.note_shards(redis, settings.shards)
-    loading.check_shards(pending.made_with_shards(redis) or settings.shards, settings.shards)  # somebody else may have been first
+    backlog.note_shards(redis, settings.shards)
+    loading.check_shards(backlog.made_with_shards(redis) or settings.shards, settings.shards)  # somebody else may have been first
 
 
 def client() -> Redis:
@@ -116,7 +116,7 @@ def _postpone(shard: int, exc: TryAgainLater) -> float:
     pause: float = min(PAUSE_MAX_SECONDS, PAUSE_FIRST_SECONDS * 2 ** min(_failures[shard], 10)) * random.uniform(0.5, 1.0)  # noqa: S311
     log.warning("flush postponed", shard=shard, error=type(exc).__name__, seconds=round(pause, 3), failures=_failures[shard])
     try:
-        pending.hold_flushes(client(), shard, int(pause * 1000))
+        backlog.hold_flushes(client(), shard, int(pause * 1000))
     except TryAgainLater as second:
         log.warning("flushes not held", shard=shard, error=type(second).__name__)
     return round(pause, 3)

@@ -22,8 +22,8 @@ from tests.api.conftest import sign_up
 from tests.api.test_errors import assert_problem
 from tests.worker.test_redis import frozen, server_settings
 from worker import database
+from worker.backlog import ShardBacklog
 from worker.embedded import EmbeddedPostgres, EmbeddedValkey
-from worker.pending import ShardBacklog
 from worker.settings import Settings, get_settings
 
 CHECKS = ["redis", "append_only_file", "fsync_always", "no_eviction", "memory", "postgres"]

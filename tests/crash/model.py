@@ -29,6 +29,7 @@ import greenlet
 import orjson
 from pydantic import SecretStr
 
+import worker.backlog
 import worker.committed
 import worker.flush
 import worker.loading
@@ -204,7 +205,7 @@ class World:
         """An entry that no append wrote, put straight into the log, and counted like any other."""
         stream = self.redis.get(keys.log(shard).encode())
         number = max(stream.last + keys.SHARD_SLOTS if stream else 0, keys.first_id_at(self.redis.now, shard))
-        raw = worker.pending.RawEntry.of(b"%d-0" % number, {b"k": b"m", b"t": b"1", b"b": b"{", b"x": b"", b"a": b""})
+        raw = worker.backlog.RawEntry.of(b"%d-0" % number, {b"k": b"m", b"t": b"1", b"b": b"{", b"x": b"", b"a": b""})
         flat = [part for pair in raw.fields.items() for part in pair]
         self.redis.execute("XADD", keys.log(shard), raw.id, *flat)
         self.redis.execute("INCRBY", keys.backlog_bytes(shard), raw.size)

@@ -108,11 +108,11 @@ MUTANTS = (
         "R4: a batch is read before the shard's lock is held, and titles are written again: each is harmless without the other",
         (
             Edit("worker/persist.py", "if entry.id > committed.get(_shard(entry), 0):", "if True:"),
-            Edit("worker/flush.py", "_write(cursor, settings, pending.fetch(", "_write(cursor, settings, iter(early) or pending.fetch("),
+            Edit("worker/flush.py", "_write(cursor, settings, backlog.fetch(", "_write(cursor, settings, iter(early) or backlog.fetch("),
             Edit(
                 "worker/flush.py",
                 "    with transaction(",
-                "    early = list(pending.fetch(client, now, entries_max, BATCH_BYTES_MAX, after))\n    with transaction(",
+                "    early = list(backlog.fetch(client, now, entries_max, BATCH_BYTES_MAX, after))\n    with transaction(",
             ),
         ),
     ),
@@ -192,7 +192,7 @@ MUTANTS = (
     Mutant(
         "batch-split",
         "a commit comes between messages that were sent together",
-        (Edit("worker/pending.py", "        if entry.followers:\n", "        if False:\n"),),
+        (Edit("worker/backlog.py", "        if entry.followers:\n", "        if False:\n"),),
     ),
     Mutant(
         "batch-half",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import core
-from worker import pending
+from worker import backlog
 from worker.flush import flush_shard
 from worker.pending import client_key
 
@@ -29,8 +29,8 @@ async def test_a_message_lives_through_all_of_it(settings, redis, log, user, sha
     rows = core.ask("SELECT id, content FROM message ORDER BY id")
     assert rows == [(first.message.id, "Hello\\ there\n\tworld  "), (second.message.id, "Hi!")]
     assert core.ask("SELECT title FROM conversation") == [("Hello\\ there world",)]
-    backlog = pending.backlog(redis, settings.shards)[shard]
-    assert (backlog.entries, backlog.bytes) == (0, 0)
+    left = backlog.look(redis, settings.shards)[shard]
+    assert (left.entries, left.bytes) == (0, 0)
     committed = await log.read(user, conversation, "before", None, 10)
     assert committed
     assert tuple(committed.messages) == tuple(page.messages)

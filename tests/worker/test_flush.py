@@ -9,10 +9,10 @@ import time
 import pytest
 
 from tests import core
-from worker import database, flush, keys, pending
+from worker import backlog, database, flush, keys
 from worker.errors import PostgresUnavailable, RedisUnavailable
 from worker.flush import flush_shard, flush_shards
-from worker.pending import client_key, reply_key
+from worker.pending import PendingLog, client_key, reply_key
 from worker.persist import persist_batch
 
 pytestmark = pytest.mark.anyio
@@ -134,7 +134,7 @@ class TestCrash:
             await log.append(user, conversation, "user", "2", key=client_key("a"))
             redis.delete(keys.wake(shard))
             stalled.step()
-            names = pending.PendingLog._conversation_keys(shard, conversation)
+            names = keys.of_conversation(shard, conversation)
             assert [redis.pttl(name) for name in names] == [-1, -1, -1]
             assert await core.shown(log, user, conversation) == ["1", "2"]
             assert stalled.finish().entries == 3, "nobody else was told to fetch what came since"
@@ -165,7 +165,7 @@ class TestCrash:
             raise RedisUnavailable()
 
         with monkeypatch.context() as patched:
-            patched.setattr(pending, {"wake": "clear_wakes"}.get(step, step), away)
+            patched.setattr(backlog, {"wake": "clear_wakes"}.get(step, step), away)
             with pytest.raises(RedisUnavailable):
                 flush_shard(redis, settings, shard)
         assert core.contents(conversation) == (["1"] if step == "trim" else [])
@@ -195,9 +195,9 @@ class TestBatches:
 
     @pytest.mark.parametrize("entries_max", [1, 2, 7, 8, 9, 1000])
     async def test_fetch_takes_the_oldest_whole_and_in_order(self, redis, settings, shard, monkeypatch, entries_max) -> None:
-        monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 2)
-        monkeypatch.setattr(pending, "_PART_FIRST", 2)
-        monkeypatch.setattr(pending, "_PART", 3)
+        monkeypatch.setattr(backlog, "_FETCH_PAGE_FIRST", 2)
+        monkeypatch.setattr(backlog, "_PART_FIRST", 2)
+        monkeypatch.setattr(backlog, "_PART", 3)
         ids = [redis.xadd(keys.log(shard), {"b": "x" * 10 * i}, id=f"{i}-{i % 2}") for i in range(1, 9)]
         assert [entry.id for entry in core.fetched(redis, shard, entries_max)] == ids[:entries_max]
 
@@ -205,7 +205,7 @@ class TestBatches:
         """And at least one entry, however large."""
         for i in range(1, 301):
             redis.xadd(keys.log(shard), {"b": "x" * 10_000}, id=f"{i}-0")
-        assert len(core.fetched(redis, shard, 5000, 1)) == pending._FETCH_PAGE_FIRST
+        assert len(core.fetched(redis, shard, 5000, 1)) == backlog._FETCH_PAGE_FIRST
         sizes = [entry.size for entry in core.fetched(redis, shard, 5000, 1_000_000)]
         assert 1_000_000 <= sum(sizes) < 1_100_000
 
@@ -228,9 +228,9 @@ class TestBeside:
     @pytest.fixture(autouse=True)
     def _every_part(self, monkeypatch) -> None:
         monkeypatch.setattr(flush, "BESIDE_ENTRIES", 1)
-        monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 2)
-        monkeypatch.setattr(pending, "_PART_FIRST", 2)
-        monkeypatch.setattr(pending, "_PART", 3)
+        monkeypatch.setattr(backlog, "_FETCH_PAGE_FIRST", 2)
+        monkeypatch.setattr(backlog, "_PART_FIRST", 2)
+        monkeypatch.setattr(backlog, "_PART", 3)
 
     @pytest.fixture
     def threads(self, monkeypatch) -> list[str]:
@@ -286,7 +286,7 @@ class TestBeside:
         self, settings, redis, log, user, shard, conversation, threads, monkeypatch
     ) -> None:
         await say(log, user, conversation, 9)
-        persist, pages, writing = flush.persist_batch, pending._pages, threading.Event()
+        persist, pages, writing = flush.persist_batch, backlog._pages, threading.Event()
         written = []
 
         def slow(*arguments):
@@ -302,7 +302,7 @@ class TestBeside:
 
         with monkeypatch.context() as patched:
             patched.setattr(flush, "persist_batch", slow)
-            patched.setattr(pending, "_pages", away)
+            patched.setattr(backlog, "_pages", away)
             with pytest.raises(RedisUnavailable):
                 flush_shard(redis, settings, shard)
         assert len(written) == 1
@@ -324,7 +324,7 @@ class TestTrimBeside:
         self, settings, redis, log, user, shard, conversation, monkeypatch
     ) -> None:
         said = await say(log, user, conversation, 17)
-        trim, commit, steps = pending.trim, flush._commit, []
+        trim, commit, steps = backlog.trim, flush._commit, []
 
         def late(*arguments, **named):
             if threading.current_thread() is not threading.main_thread():
@@ -337,7 +337,7 @@ class TestTrimBeside:
             steps.append("committed")
             return batch
 
-        monkeypatch.setattr(pending, "trim", late)
+        monkeypatch.setattr(backlog, "trim", late)
         monkeypatch.setattr(flush, "_commit", noted)
         report = flush_shard(redis, settings, shard)
         assert (report.batches, report.entries, report.messages, report.more) == (5, 18, 17, [])
@@ -354,7 +354,7 @@ class TestTrimBeside:
             raise RedisUnavailable()
 
         with monkeypatch.context() as patched:
-            patched.setattr(pending, "trim", away)
+            patched.setattr(backlog, "trim", away)
             with pytest.raises(RedisUnavailable):
                 flush_shard(redis, settings, shard)
         assert (len(core.contents(conversation)), redis.xlen(keys.log(shard))) == (7, 18), (
@@ -396,7 +396,7 @@ class TestRenames:
             await log.append(user, conversation, "user", content)
         await log.rename(user, conversation, "new")
         await log.append(user, conversation, "user", "d")
-        trim, decode = pending.trim, flush.decode_batch
+        trim, decode = backlog.trim, flush.decode_batch
         trims, go_on, fetched, commit = (threading.Event() for _ in range(4))
 
         def late(*arguments, **named):
@@ -411,7 +411,7 @@ class TestRenames:
                 assert commit.wait(20)
             return decode(part)
 
-        monkeypatch.setattr(pending, "trim", late)
+        monkeypatch.setattr(backlog, "trim", late)
         monkeypatch.setattr(flush, "decode_batch", held)
         first, second = (threading.Thread(target=flush_shard, args=(redis, settings, shard), name=name) for name in ("first", "second"))
         first.start()
@@ -514,10 +514,10 @@ class TestTogether:
         for shard, count in ((3, 40), (4, 2), (5, 40)):
             for i in range(1, count + 1):
                 redis.xadd(keys.log(shard), {"b": "x"}, id=f"{i}-0")
-        monkeypatch.setattr(pending, "_FETCH_PAGE_FIRST", 4)
-        monkeypatch.setattr(pending, "_PART_FIRST", 10)
-        found: dict[int, list[pending.RawEntry]] = {}
-        parts = list(pending.fetch(redis, [3, 4, 5, 6], 30, 1 << 20, {}))
+        monkeypatch.setattr(backlog, "_FETCH_PAGE_FIRST", 4)
+        monkeypatch.setattr(backlog, "_PART_FIRST", 10)
+        found: dict[int, list[backlog.RawEntry]] = {}
+        parts = list(backlog.fetch(redis, [3, 4, 5, 6], 30, 1 << 20, {}))
         assert [sorted(part) for part in parts] == [[3, 4, 5], [3, 5]]
         for part in parts:
             for shard, entries in part.items():
@@ -591,7 +591,7 @@ class TestReport:
         assert "secret" not in printed
 
 
-async def say(log: pending.PendingLog, user: int, conversation: int, count: int) -> list[str]:
+async def say(log: PendingLog, user: int, conversation: int, count: int) -> list[str]:
     """Appends so many messages, one after the other."""
     said = [str(i) for i in range(count)]
     for content in said:

@@ -12,7 +12,7 @@ from redis import Redis
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
 from tests import core, schema
-from worker import keys, pending, scripts
+from worker import backlog, keys, scripts
 from worker.embedded import EmbeddedValkey
 from worker.errors import BacklogFull, NotDurable, RedisUnavailable
 from worker.flush import flush_shard
@@ -36,7 +36,7 @@ def test_every_script_compiles_and_builds_no_key(redis: Redis, name: str) -> Non
 
 class TestLoad:
     def _load(self, redis: Redis, token: str) -> list[bytes]:
-        names = [*PendingLog._conversation_keys(1, 65), keys.loading(1, 65)]
+        names = [*keys.of_conversation(1, 65), keys.loading(1, 65)]
         arguments = [token, 900, 960, 1, "title", 1, 2, 129, 1, 1, 0, 1, 129, 5, "body", "k:a", "129:hash"]
         return run(redis, "load", names, arguments)
 
@@ -49,7 +49,7 @@ class TestLoad:
         assert self._load(redis, "mine") == [b"OK"]
         assert self._load(redis, "mine") == [b"LOST"]
         assert redis.hget(keys.conversation(1, 65), "l") == b"0"
-        assert [redis.ttl(name) for name in PendingLog._conversation_keys(1, 65)] == pytest.approx([900, 960, 960], abs=1)
+        assert [redis.ttl(name) for name in keys.of_conversation(1, 65)] == pytest.approx([900, 960, 960], abs=1)
 
     def test_what_is_known_is_left_alone(self, redis) -> None:
         redis.hset(keys.conversation(1, 65), "t", "newer")
@@ -118,30 +118,30 @@ class TestSeed:
 
 
 class TestTrim:
-    def _entries(self, redis: Redis, shard: int) -> list[pending.RawEntry]:
+    def _entries(self, redis: Redis, shard: int) -> list[backlog.RawEntry]:
         return core.fetched(redis, shard)
 
-    def _trim(self, redis: Redis, shard: int, batch: list[pending.RawEntry], *conversations: tuple[int, int]) -> pending.Trimmed:
-        one = pending.Trim(shard, batch, keys.entry_number(batch[-1].id) or 0, conversations)
-        return pending.trim(redis, [one], ttl_seconds=900, messages_kept=10)[0]
+    def _trim(self, redis: Redis, shard: int, batch: list[backlog.RawEntry], *conversations: tuple[int, int]) -> backlog.Trimmed:
+        one = backlog.Trim(shard, batch, keys.entry_number(batch[-1].id) or 0, conversations)
+        return backlog.trim(redis, [one], ttl_seconds=900, messages_kept=10)[0]
 
     async def test_run_twice_and_late_it_does_nothing_more(self, settings, redis, log, user, shard, conversation) -> None:
         await log.append(user, conversation, "user", "1", key=client_key("a"))
         batch = self._entries(redis, shard)
 
-        def trim() -> pending.Trimmed:
+        def trim() -> backlog.Trimmed:
             return self._trim(redis, shard, batch, (conversation, user))
 
-        assert trim() == pending.Trimmed(0, True)
+        assert trim() == backlog.Trimmed(0, True)
         core.assert_clean(redis, settings)
-        assert trim() == pending.Trimmed(0, True)
+        assert trim() == backlog.Trimmed(0, True)
         core.assert_clean(redis, settings)
         later = await log.append(user, conversation, "user", "2")
         held = redis.get(keys.backlog_bytes(shard))
-        assert trim() == pending.Trimmed(1, True)
+        assert trim() == backlog.Trimmed(1, True)
         assert redis.get(keys.backlog_bytes(shard)) == held
         assert int(redis.get(keys.committed(shard))) < later.message.id
-        assert [redis.pttl(name) for name in PendingLog._conversation_keys(shard, conversation)] == [-1, -1, -1]
+        assert [redis.pttl(name) for name in keys.of_conversation(shard, conversation)] == [-1, -1, -1]
         assert redis.zscore(keys.changed(shard, user), conversation) == later.message.id
 
     async def test_takes_exactly_what_it_is_told(self, settings, redis, log, user, shard, conversation) -> None:
@@ -203,14 +203,14 @@ class TestTrim:
 class TestTouch:
     async def test_gives_nothing_an_expiry_that_had_none(self, redis, log, user, shard, conversation) -> None:
         await log.append(user, conversation, "user", "1", key=client_key("a"))
-        names = PendingLog._conversation_keys(shard, conversation)
+        names = keys.of_conversation(shard, conversation)
         run(redis, "touch", names, [900, 960])
         assert [redis.pttl(name) for name in names] == [-1, -1, -1]
 
 
 class TestForget:
     async def test_drops_a_copy_only_if_nothing_of_it_is_pending(self, settings, redis, log, user, shard, conversation) -> None:
-        names = [*PendingLog._conversation_keys(shard, conversation), keys.loading(shard, conversation)]
+        names = [*keys.of_conversation(shard, conversation), keys.loading(shard, conversation)]
         await log.append(user, conversation, "user", "1")
         redis.set(names[3], "somebody's", px=2500)
         assert not run(redis, "forget", names, [])
@@ -255,7 +255,7 @@ class TestCluster:
             assert await core.shown(log, user, conversation) == ["1"]
             assert list(await log.changed(user)) == [conversation]
             assert flush_shard(redis, settings, shard).messages == 1
-            await log._touch(PendingLog._conversation_keys(shard, conversation))
+            await log._touch(keys.of_conversation(shard, conversation))
             core.forget(redis, user, conversation, settings)
             assert (await log.append(user, conversation, "user", "1", key=client_key("a"))).message == first.message
             assert (await log.create(user, None, key=client_key("a"))).replayed
@@ -264,7 +264,7 @@ class TestCluster:
             await log.append(user, conversation, "user", "1", key=client_key("a"))
             assert flush_shard(redis, settings, shard).messages == 0
             await log.delete(user, conversation)
-            assert pending.ask_for_flush(redis, shard) in (True, False)
+            assert backlog.ask_for_flush(redis, shard) in (True, False)
             flush_shard(redis, settings, shard)
         await log._backlog.look()
         core.assert_clean(redis, settings)

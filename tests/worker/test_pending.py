@@ -12,7 +12,7 @@ import pytest
 
 from api.history import list_conversations, read_conversation
 from tests import core
-from worker import flush, keys, loading, pending
+from worker import backlog, flush, keys, loading, pending
 from worker.database import dispose
 from worker.errors import (
     BacklogFull,
@@ -603,7 +603,7 @@ class TestBacklog:
     async def test_what_is_over_the_limit_is_refused_and_nothing_else(
         self, settings, redis, log, user, shard, conversation, monkeypatch
     ) -> None:
-        size = len(core.message_entry(user, conversation, "x" * 1000, "assistant")) + pending.ENTRY_OVERHEAD_BYTES
+        size = len(core.message_entry(user, conversation, "x" * 1000, "assistant")) + backlog.ENTRY_OVERHEAD_BYTES
         held = int(redis.get(keys.backlog_bytes(shard)))
         monkeypatch.setattr(log._backlog, "_settings_max", held + 3 * size)
         await log._backlog.look()
@@ -654,7 +654,7 @@ class TestBacklog:
             with pytest.raises(BacklogFull):
                 await fill()
             redis.lpush("broker", "a task" * 1000)
-            assert pending.ask_for_flush(redis, shard) in (True, False)
+            assert backlog.ask_for_flush(redis, shard) in (True, False)
             flush_shard(redis, settings, shard)
             await log._backlog.look()
             await log.append(user, conversation, "user", "x")
@@ -735,7 +735,7 @@ class TestCache:
                 await log.append(user, number, "user", "x", key=client_key("a"))
                 if state != "new":
                     flush_shard(redis, settings, shard)
-                    names = PendingLog._conversation_keys(shard, number)
+                    names = keys.of_conversation(shard, number)
                     if state == "touched":
                         await log._touch(names)
                     elif state == "loaded":
@@ -747,8 +747,8 @@ class TestCache:
                         await log._ask_key(shard, number, user, client_key("a"))
                 await write(number)
                 await log.read(user, number, "before", None, 5) if name != "delete" else None
-                await log._touch(PendingLog._conversation_keys(shard, number))
-                for key in (*PendingLog._conversation_keys(shard, number), keys.changed(shard, user)):
+                await log._touch(keys.of_conversation(shard, number))
+                for key in (*keys.of_conversation(shard, number), keys.changed(shard, user)):
                     assert redis.pttl(key) in (-1, -2), (name, state, key)
                 assert (redis.pttl(keys.created_keys(shard, user)) == -1) == (state == "new"), "its own keys are pending only with it"
                 flush_shard(redis, settings, shard)
@@ -789,7 +789,7 @@ class TestCache:
     async def test_a_read_prolongs_what_is_committed(self, settings, redis, log, user, shard, conversation) -> None:
         await log.append(user, conversation, "user", "x", key=client_key("a"))
         flush_shard(redis, settings, shard)
-        names = PendingLog._conversation_keys(shard, conversation)
+        names = keys.of_conversation(shard, conversation)
         assert [redis.ttl(name) for name in names] == pytest.approx([900, 960, 960], abs=2)
         redis.expire(names[0], 100)
         await log.read(user, conversation, None, None, 0)
@@ -803,7 +803,7 @@ class TestRead:
         stranger, nobodys = user + settings.shards, conversation + SHARD_SLOTS
         await log.append(user, conversation, "user", "x", key=client_key("a"))
         flush_shard(redis, settings, shard)
-        names = PendingLog._conversation_keys(shard, conversation)
+        names = keys.of_conversation(shard, conversation)
         for owner_has_read in (False, True):
             redis.expire(names[0], 100)
             redis.config_resetstat()

@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from tests import core
-from worker import keys, pending
+from worker import backlog, keys
 from worker.codec import auto_title, conversation_body, decode_entry, message_body, request_hash
 from worker.flush import flush_shard
 from worker.pending import client_key, reply_key
@@ -384,7 +384,7 @@ class TestReadable:
     @given(st.dictionaries(st.binary(max_size=8), st.binary(max_size=40), max_size=5))
     @hypothesis_settings(max_examples=200, deadline=None)
     async def test_whatever_bytes_an_entry_holds_they_come_back(self, fields) -> None:
-        kept = readable(pending.RawEntry.of(b"1-0", fields))
+        kept = readable(backlog.RawEntry.of(b"1-0", fields))
         assert kept.isascii()
         assert "\x00" not in kept
         assert unreadable(kept) == fields

@@ -39,11 +39,12 @@ from api.history import list_conversations, read_history
 from tests import schema
 from tests.core import conversation_entry, flush_all, message_entry
 from worker import accounts, committed, database, dead_letters, loading
+from worker.backlog import RawEntry
 from worker.database import raw_cursor, read, read_rows, transaction
 from worker.embedded import EmbeddedPostgres
 from worker.errors import NotFound, PostgresUnavailable
 from worker.models import Table
-from worker.pending import PendingLog, RawEntry, client_key
+from worker.pending import PendingLog, client_key
 from worker.persist import decode_batch, persist_batch, try_lock
 from worker.settings import Settings
 

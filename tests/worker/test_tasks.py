@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import core
-from worker import keys, pending
+from worker import backlog, keys, pending
 from worker.errors import BacklogFull, ConfigurationError, PostgresUnavailable, RedisUnavailable
 from worker.pending import WAKE_LEASE_MS
 
@@ -71,7 +71,7 @@ class TestSweep:
         def away(*arguments):
             raise RedisUnavailable()
 
-        monkeypatch.setattr(pending, "backlog", away)
+        monkeypatch.setattr(backlog, "look", away)
         assert tasks.sweep() == {"postponed": "RedisUnavailable"}
 
 
@@ -102,7 +102,7 @@ class TestFlush:
         self, redis, tasks, sent, log, user, shard, conversation, wakes, monkeypatch, error
     ) -> None:
         def away(*arguments, **named):
-            pending.clear_wakes(redis, [shard])
+            backlog.clear_wakes(redis, [shard])
             raise error()
 
         pauses = []
@@ -220,13 +220,13 @@ class TestInstallation:
         assert redis.get(keys.SHARDS) == b"16"
 
     def test_of_two_that_start_first_with_different_numbers_one_is_refused(self, settings, redis, tasks, monkeypatch) -> None:
-        note = pending.note_shards
+        note = backlog.note_shards
 
         def overtaken(client, shards):
             note(client, 8)
             note(client, shards)
 
-        monkeypatch.setattr(pending, "note_shards", overtaken)
+        monkeypatch.setattr(backlog, "note_shards", overtaken)
         with pytest.raises(ConfigurationError, match="SHARDS=8"):
             tasks.check_installation()
 
