@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from io import BytesIO
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -26,21 +26,22 @@ from worker.codec import Entry, decode_entry, to_datetime
 from worker.errors import BadEntry
 from worker.loading import SHARD_LOCK
 
-_STAGE = """
-CREATE TEMP TABLE IF NOT EXISTS stage (
-    id bigint, conversation_id bigint, user_id bigint, role text, content text, microseconds bigint, status text, idempotency_key text
-) ON COMMIT DROP;
-TRUNCATE stage
-"""
-_INSERT = """
+_MESSAGES = """unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[], %s::bigint[], %s::text[], %s::text[])
+AS s (id, conversation_id, user_id, role, content, microseconds, status, idempotency_key)"""
+_INSERT = f"""
 INSERT INTO message (id, conversation_id, user_id, role, content, status, idempotency_key, created_at)
 SELECT id, conversation_id, user_id, role, content, status, idempotency_key, timestamptz 'epoch' + microseconds * interval '1 microsecond'
-FROM"""
-_STRAIGHT = f"""
-{_INSERT} unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::text[], %s::bigint[], %s::text[], %s::text[])
-AS s (id, conversation_id, user_id, role, content, microseconds, status, idempotency_key)
+FROM {_MESSAGES}
 ON CONFLICT DO NOTHING
 """
+_LEFT_OUT = f"""
+SELECT s.id, m.id IS NOT NULL, k.id, (k.role, k.status, k.content) IS NOT DISTINCT FROM (s.role, s.status, s.content)
+FROM {_MESSAGES}
+LEFT JOIN message m ON m.conversation_id = s.conversation_id AND m.id = s.id
+LEFT JOIN message k ON k.conversation_id = s.conversation_id AND k.idempotency_key = s.idempotency_key AND k.id <> s.id
+WHERE m.id IS NULL OR (m.user_id, m.role, m.status, m.content) IS DISTINCT FROM (s.user_id, s.role, s.status, s.content)
+"""
+"""Of messages that an insertion left out: why. The same again is a replay, and no row comes back for it."""
 _UPDATE = """
 UPDATE conversation c
 SET updated_at = GREATEST(c.updated_at, timestamptz 'epoch' + v.activity * interval '1 microsecond'),
@@ -48,10 +49,11 @@ SET updated_at = GREATEST(c.updated_at, timestamptz 'epoch' + v.activity * inter
 FROM unnest(%s::bigint[], %s::bigint[], %s::text[], %s::text[]) AS v (id, activity, title, given)
 WHERE c.id = v.id AND c.deleted_at IS NULL
 """
-STRAIGHT_MAX, STRAIGHT_CHARS_MAX = 600, 1 << 20
-"""Messages that one statement inserts without a stage. Making and dropping a table costs Postgres 3.5 ms, most of what a flush of ten
-takes; from so many on, COPY into one is as cheap for a row. (COPY straight into `message` is not to be had: row-level security refuses
-it.)"""
+INSERT_CHARS_MAX = 1 << 20
+"""Of the messages that one statement inserts: both sides hold several copies of it.
+
+A statement, because row-level security refuses COPY into `message`. COPY into a temporary table and INSERT from there took this process
+half a µs a row less and Postgres the same; but the table itself took 3.5 ms, and left its traces in Postgres's catalogue each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +96,10 @@ class _Change:
 
 
 class _Row(NamedTuple):
-    """An entry that Postgres may take; `line` is what COPY reads of a message, or '' if that is still to be made."""
+    """An entry that Postgres may take."""
 
     raw: RawEntry
     entry: Entry
-    line: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class _Dead:
     error: str = ""
 
 
-@dataclass(slots=True)
+@dataclass
 class _Plan:
     """What entries come to, if Postgres has their conversations."""
 
@@ -153,6 +154,21 @@ class _Plan:
             plan.messages = [row for row in plan.messages if row.entry.conversation_id not in plan.deletions]
         return plan
 
+    @cached_property
+    def insertions(self) -> list[tuple[Sequence[_Row], list[str]]]:
+        """The messages that one statement inserts, as rows and as columns, and those of the next."""
+        found: list[tuple[Sequence[_Row], list[str]]] = []
+        start = size = 0
+        for end, row in enumerate(self.messages, 1):
+            size += len(row.entry.content)
+            if size >= INSERT_CHARS_MAX or end == len(self.messages):
+                part = self.messages[start:end]
+                entries = [row.entry for row in part]
+                values = [(e.id, e.conversation_id, e.user_id, e.role, e.content, e.microseconds, e.status, e.key or None) for e in entries]
+                found.append((part, _columns(values)))
+                start, size = end, 0
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
@@ -179,7 +195,6 @@ def decode_batch(batches: Mapping[int, Sequence[RawEntry]]) -> Decoded:
     rows: list[_Row] = []
     dead: list[_Dead] = []
     last_ids: dict[int, int] = {}
-    stage = sum(map(len, batches.values())) > STRAIGHT_MAX
     for shard, batch in batches.items():
         for raw in batch:
             try:
@@ -188,11 +203,13 @@ def decode_batch(batches: Mapping[int, Sequence[RawEntry]]) -> Decoded:
                 dead.append(_Dead(shard, raw, "malformed", type(exc.__cause__).__name__ if exc.__cause__ else ""))
             else:
                 if keys.shard_of_id(entry.id) == shard:
-                    rows.append(_Row(raw, entry, _line(entry) if stage else ""))
+                    rows.append(_Row(raw, entry))
                     last_ids[shard] = entry.id
                 else:
                     dead.append(_Dead(shard, raw, "other_shard"))
-    return Decoded(_Plan.of(rows), dead, last_ids)
+    plan = _Plan.of(rows)
+    plan.insertions  # noqa: B018 - now, and not while Postgres waits for them
+    return Decoded(plan, dead, last_ids)
 
 
 def persist_batch(cursor: Cursor, shards: int, batch: Decoded, *, by_hand: bool = False) -> Persisted:
@@ -236,7 +253,7 @@ def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]
     except (psycopg2.DataError, psycopg2.IntegrityError, OverflowError, ValueError) as exc:  # the last two: psycopg2 cannot write the value
         cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
         if len(rows) == 1:
-            [(raw, entry, _)] = rows
+            [(raw, entry)] = rows
             before = done.conversations.get(entry.conversation_id)
             done.conversations[entry.conversation_id] = Touched(before.user_id if before else entry.user_id, raw)
             return [_Dead(_shard(entry), raw, "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
@@ -270,7 +287,7 @@ def _apply(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
             elif number not in gone:
                 kept.append(row)
         plan = _Plan.of(kept, plan.committed)
-    dead += _insert_messages(cursor, plan.messages, done)
+    dead += _insert_messages(cursor, plan, done)
     _update_conversations(cursor, plan.changes)
     _delete_conversations(cursor, plan.deletions)
     return dead
@@ -290,36 +307,21 @@ def _insert_conversations(cursor: Cursor, created: Sequence[Entry]) -> None:
         execute_values(cursor, statement.format("(id)"), [(*row[:5], None, None) for row in rows], page_size=len(rows))
 
 
-def _insert_messages(cursor: Cursor, rows: Sequence[_Row], done: Persisted) -> list[_Dead]:
-    if not rows:
-        return []
-    straight = len(rows) <= STRAIGHT_MAX and sum(len(row.entry.content) for row in rows) <= STRAIGHT_CHARS_MAX
-    if straight:
-        entries = [row.entry for row in rows]
-        values = [(e.id, e.conversation_id, e.user_id, e.role, e.content, e.microseconds, e.status, e.key or None) for e in entries]
-        cursor.execute(_STRAIGHT, _columns(values))
-    else:
-        _stage(cursor, rows)
-        cursor.execute(f"{_INSERT} stage ON CONFLICT DO NOTHING")
-    done.messages = cursor.rowcount
-    if cursor.rowcount == len(rows):
-        return []
-    if straight:
-        _stage(cursor, rows)
-    # Left out: told apart. The same again is a replay, and no row comes back for it.
-    cursor.execute(
-        """
-        SELECT s.id, m.id IS NOT NULL, k.id, (k.role, k.status, k.content) IS NOT DISTINCT FROM (s.role, s.status, s.content)
-        FROM stage s
-        LEFT JOIN message m ON m.conversation_id = s.conversation_id AND m.id = s.id
-        LEFT JOIN message k ON k.conversation_id = s.conversation_id AND k.idempotency_key = s.idempotency_key AND k.id <> s.id
-        WHERE m.id IS NULL OR (m.user_id, m.role, m.status, m.content) IS DISTINCT FROM (s.user_id, s.role, s.status, s.content)
-        """
-    )
-    messages = {row.entry.id: row for row in rows}
+def _insert_messages(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
     dead = []
-    for number, same_id, key_id, same_request in cursor.fetchall():
-        raw, entry, _ = messages[number]
+    for part, columns in plan.insertions:
+        cursor.execute(_INSERT, columns)
+        done.messages += cursor.rowcount
+        if cursor.rowcount < len(part):
+            cursor.execute(_LEFT_OUT, columns)
+            dead += _left_out(cursor.fetchall(), {row.entry.id: row for row in part}, done)
+    return dead
+
+
+def _left_out(found: Sequence[tuple[int, bool, int | None, bool]], messages: Mapping[int, _Row], done: Persisted) -> list[_Dead]:
+    dead = []
+    for number, same_id, key_id, same_request in found:
+        raw, entry = messages[number]
         if same_id:
             dead.append(_Dead(_shard(entry), raw, "id_conflict"))
         elif key_id is not None and not same_request:
@@ -376,29 +378,18 @@ def unreadable(entry: str) -> dict[bytes, bytes]:
 
 
 def _columns(rows: Sequence[Sequence[int | str | None]]) -> list[str]:
-    """Columns for `unnest`, each as the text of an array. psycopg2's lists took this process twice as long for 400 messages, and Postgres,
-    which reads each element as an expression of its own, a fifth longer."""
-    return ["{" + ",".join([_element(value) for value in column]) + "}" for column in zip(*rows, strict=True)]
+    """Columns for `unnest`, each as the text of an array. psycopg2's lists took this process several times as long for 400 messages, and
+    Postgres, which reads each element as an expression of its own, a fifth longer."""
+    return [_array(column) for column in zip(*rows, strict=True)]
 
 
-def _element(value: int | str | None) -> str:
-    if value is None:
-        return "NULL"
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(value, str) else str(value)
-
-
-def _stage(cursor: Cursor, rows: Sequence[_Row]) -> None:
-    """Puts messages into a temporary table, alone. In one piece: between two, this thread would wait for the one that decodes."""
-    cursor.execute(_STAGE)
-    text = b"".join([(row.line or _line(row.entry)).encode() for row in rows])  # one str of all would be four times as large for one emoji
-    cursor.copy_expert("COPY stage FROM STDIN", BytesIO(text), size=len(text))
-
-
-def _line(entry: Entry) -> str:
-    number, _, microseconds, conversation, user, key, _, role, content, status, _ = entry
-    key = _escape(key) if key else "\\N"
-    return f"{number}\t{conversation}\t{user}\t{role}\t{_escape(content)}\t{microseconds}\t{status}\t{key}\n"
-
-
-def _escape(value: str) -> str:
-    return value.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")
+def _array(column: Sequence[Any]) -> str:
+    """Texts are quoted all at once, with a NUL between any two: none holds one (`decode_entry`), and Postgres would not take it."""
+    if None in column:
+        return "{" + ",".join(["NULL" if value is None else _array((value,))[1:-1] for value in column]) + "}"
+    if isinstance(column[0], int):
+        return "{" + ",".join(map(str, column)) + "}"
+    texts = "\0".join(column)
+    if texts.count("\0") != len(column) - 1:
+        raise ValueError("a text holds a NUL")
+    return '{"' + texts.replace("\\", "\\\\").replace('"', '\\"').replace("\0", '","') + '"}'

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
-from typing import IO, Any
+from typing import Any
 
 from psycopg2 import errors
 from sqlalchemy.exc import NoResultFound
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 Step = Callable[[str, Callable[[], Any], type[Exception]], Any]
 IDLE_SECONDS = 15.0
 
-_STAGED = ("id", "conversation_id", "user_id", "role", "content", "microseconds", "status", "idempotency_key")
+_GIVEN = ("id", "conversation_id", "user_id", "role", "content", "microseconds", "status", "idempotency_key")
 _INSERT = (
     "INSERT INTO message (id, conversation_id, user_id, role, content, status, idempotency_key, created_at) "
     "SELECT id, conversation_id, user_id, role, content, status, idempotency_key, "
@@ -107,8 +107,7 @@ class Transaction:
         self.used = server.clock()
         self.alive = True
         self.changes: dict[tuple[str, Any], Row | None] = {}
-        self.stage: list[Row] = []
-        self.savepoints: list[tuple[dict[tuple[str, Any], Row | None], list[Row]]] = []
+        self.savepoints: list[dict[tuple[str, Any], Row | None]] = []
 
     def use(self) -> None:
         """Called by every statement."""
@@ -228,15 +227,6 @@ class Cursor:
         else:
             run()
 
-    def copy_expert(self, statement: str, file: IO[bytes], size: int) -> None:
-        self._transaction.use()
-        assert statement == "COPY stage FROM STDIN"
-        text = b"".join(iter(lambda: file.read(size), b"")).decode()
-        for line in text.split("\n")[:-1]:
-            values = [None if value == "\\N" else _unescape(value) for value in line.split("\t")]
-            row: Row = dict(zip(_STAGED, values, strict=True))
-            self._transaction.stage.append(row | {name: int(row[name]) for name in ("id", "conversation_id", "user_id", "microseconds")})
-
     def values(self, statement: str, rows: Sequence[Sequence[Any]], **_: Any) -> None:
         """In the place of psycopg2's `execute_values`."""
         self._transaction.use()
@@ -294,20 +284,11 @@ def _lock(one: Transaction, _: str, parameters: Mapping[str, int]) -> list[tuple
 
 def _savepoint(one: Transaction, words: str, _: Any) -> None:
     if words.startswith("SAVEPOINT"):
-        one.savepoints.append((dict(one.changes), list(one.stage)))
+        one.savepoints.append(dict(one.changes))
     elif words.startswith("ROLLBACK"):
-        one.changes, one.stage = one.savepoints.pop()
+        one.changes = one.savepoints.pop()
     else:
         one.savepoints.pop()
-
-
-def _stage(one: Transaction, words: str, _: Any) -> None:
-    one.stage = []
-
-
-def _insert_straight(one: Transaction, words: str, parameters: Sequence[str]) -> list[tuple[Any, ...]]:
-    """`INSERT INTO message (...) SELECT ... FROM unnest(...)`."""
-    return _insert_messages(one, words, [dict(zip(_STAGED, values, strict=True)) for values in _rows(parameters)])
 
 
 def _rows(columns: Sequence[str]) -> Iterator[tuple[int | str | None, ...]]:
@@ -327,16 +308,17 @@ def _elements(array: str) -> list[int | str | None]:
 _ELEMENT = r'"(?:[^"\\]|\\.)*"|NULL|-?\d+'
 
 
-def _insert_staged(one: Transaction, words: str, _: Any) -> list[tuple[Any, ...]]:
-    return _insert_messages(one, words, one.stage)
+def _messages(columns: Sequence[str]) -> list[Row]:
+    return [dict(zip(_GIVEN, values, strict=True)) for values in _rows(columns)]
 
 
-def _insert_messages(one: Transaction, words: str, rows: Sequence[Row]) -> list[tuple[Any, ...]]:
+def _insert_messages(one: Transaction, words: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    """`INSERT INTO message (...) SELECT ... FROM unnest(...)`."""
     parents = {(row["id"], row["user_id"]) for row in one.rows("conversation")}
     there = {(row["conversation_id"], row["id"]) for row in one.rows("message")}
     keys = {(row["conversation_id"], row["idempotency_key"]) for row in one.rows("message") if row["idempotency_key"]}
     inserted: list[tuple[Any, ...]] = []
-    for row in rows:
+    for row in _messages(columns):
         if (row["conversation_id"], row["user_id"]) not in parents:
             raise errors.ForeignKeyViolation
         taken = (row["conversation_id"], row["id"]) in there
@@ -347,7 +329,7 @@ def _insert_messages(one: Transaction, words: str, rows: Sequence[Row]) -> list[
             continue
         if "\0" in row["content"] or row["role"] not in ("user", "assistant") or row["status"] not in ("complete", "incomplete"):
             raise errors.DataError
-        made = {name: row[name] for name in _STAGED if name != "microseconds"}
+        made = {name: row[name] for name in _GIVEN if name != "microseconds"}
         one.put("message", made | {"created_at": to_datetime(row["microseconds"])})
         there.add((row["conversation_id"], row["id"]))
         keys.add((row["conversation_id"], row["idempotency_key"]))
@@ -355,11 +337,11 @@ def _insert_messages(one: Transaction, words: str, rows: Sequence[Row]) -> list[
     return inserted
 
 
-def _compare_staged(one: Transaction, _: str, __: Any) -> list[tuple[Any, ...]]:
-    """Which staged rows were left out, and why (`persist._insert_messages`)."""
+def _compare_messages(one: Transaction, _: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Which of these were left out, and why (`persist._insert_messages`)."""
     messages = one.rows("message")
     found = []
-    for s in one.stage:
+    for s in _messages(columns):
         m = next((row for row in messages if (row["conversation_id"], row["id"]) == (s["conversation_id"], s["id"])), None)
         k = next(
             (
@@ -409,10 +391,8 @@ _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, 
     ("SAVEPOINT part", _savepoint),
     ("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part", _savepoint),
     ("RELEASE SAVEPOINT part", _savepoint),
-    ("CREATE TEMP TABLE IF NOT EXISTS stage", _stage),
-    (f"{_INSERT} stage", _insert_staged),
-    (f"{_INSERT} unnest(", _insert_straight),
-    ("SELECT s.id, m.id IS NOT NULL, k.id,", _compare_staged),
+    (f"{_INSERT} unnest(", _insert_messages),
+    ("SELECT s.id, m.id IS NOT NULL, k.id,", _compare_messages),
     ("UPDATE conversation c SET updated_at = ", _update_all),
     ("DELETE FROM message WHERE conversation_id = ANY(%s)", _delete_messages),
     ("INSERT INTO shard (number, shards, last_id) VALUES (:number, :shards, 0)", _note_first_shard),
@@ -587,7 +567,3 @@ def _hashed(row: Row) -> str:
 @lru_cache
 def _squeezed(statement: str) -> str:
     return " ".join(statement.split())
-
-
-def _unescape(value: str) -> str:
-    return re.sub(r"\\(.)", lambda found: {"t": "\t", "n": "\n", "r": "\r"}.get(found[1], found[1]), value)

@@ -368,7 +368,6 @@ def installed() -> Iterator[None]:
         mock.patch.object(worker.flush, "raw_cursor", memory_postgres.raw_cursor),
         mock.patch.object(worker.loading, "transaction", _current("transaction")),
         mock.patch.object(worker.loading, "read_rows", _current("read_rows")),
-        mock.patch.object(worker.persist, "STRAIGHT_MAX", 1),  # so that both ways are taken
         mock.patch.object(worker.committed, "read_rows", _current("read_rows")),
         mock.patch.object(worker.persist, "execute_values", memory_postgres.execute_values),
         mock.patch.object(worker.pending, "asyncio", _Asyncio),

@@ -119,10 +119,7 @@ MUTANTS = (
     Mutant(
         "insert-not-repeatable",
         "R5: a batch that is written again is refused",
-        (
-            Edit("worker/persist.py", "} stage ON CONFLICT DO NOTHING", "} stage"),
-            Edit("worker/persist.py", "idempotency_key)\nON CONFLICT DO NOTHING\n", "idempotency_key)\n"),
-        ),
+        (Edit("worker/persist.py", "FROM {_MESSAGES}\nON CONFLICT DO NOTHING\n", "FROM {_MESSAGES}\n"),),
     ),
     Mutant(
         "no-tombstone",

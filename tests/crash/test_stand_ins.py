@@ -241,7 +241,7 @@ def small() -> Any:
     """Limits that so few calls reach; and one that a busy machine would reach on the real side alone."""
     with (
         mock.patch.object(worker.loading, "RETRY_KEYS_MAX", 2),
-        mock.patch.object(worker.persist, "STRAIGHT_MAX", 1),
+        mock.patch.object(worker.persist, "INSERT_CHARS_MAX", 1),
         mock.patch.object(worker.flush, "FLUSH_LOOP_SECONDS", 60),
     ):
         yield

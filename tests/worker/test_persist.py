@@ -24,11 +24,11 @@ pytestmark = pytest.mark.anyio
 EMPTIED = True
 
 
-@pytest.fixture(params=["straight", "staged"], autouse=True)
+@pytest.fixture(params=["together", "apart"], autouse=True)
 def way(request, monkeypatch) -> None:
-    """Both ways by which messages get in."""
-    if request.param == "staged":
-        monkeypatch.setattr("worker.persist.STRAIGHT_MAX", 0)
+    """Messages get in by one statement, or each by its own."""
+    if request.param == "apart":
+        monkeypatch.setattr("worker.persist.INSERT_CHARS_MAX", 1)
 
 
 def persist(redis, settings, shard, batch=None):
