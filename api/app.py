@@ -110,7 +110,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(name)
     try:
         settings = get_settings()
-        logs.configure(settings.log_level, process="api")
+        logs.configure(settings.log_level, process="api", beside=True)
         _check_installation()
         made = globals()["app"] = create_app()
     except ConfigurationError as exc:

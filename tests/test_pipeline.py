@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import subprocess
+import sys
 import threading
 import time
 from base64 import b64decode
@@ -24,7 +26,7 @@ import psycopg2
 import pytest
 import redis
 
-from tests.people import Person, keyed, ok, problem, sign_up, until
+from tests.people import Person, browser, keyed, ok, problem, sign_up, until
 from tests.processes import OPERATOR, SHARDS, Installation, Process, answers, frozen_server
 from worker import keys
 from worker.embedded import free_port
@@ -669,6 +671,21 @@ class TestEverything:
             last = ann.history(conversation)[-1]
             assert (last["content"], last["status"]) == kept
             assert ok(ann.chat(conversation, f"{WORDS} next"))["reply"]
+
+
+class TestLogs:
+    def test_one_that_nobody_takes_away_stops_no_answer(self, chatkeep: Installation) -> None:
+        """Its disk, or whoever collects it, stands still: a pipe holds the lines of some 300 requests."""
+        port = free_port()
+        command = (sys.executable, "-m", "uvicorn", "api.app:app", "--port", str(port))
+        with subprocess.Popen(command, env=chatkeep.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            try:
+                until(lambda: answers(f"http://127.0.0.1:{port}/livez"), "it is ready", 30)
+                with browser(f"http://127.0.0.1:{port}") as http:
+                    for _ in range(2_000):
+                        ok(http.get("/livez"))
+            finally:
+                process.kill()
 
 
 class TestSecrets:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import structlog
 
+from tests.schema import ROOT
 from worker import logs
 from worker.errors import NotDurable
 
@@ -74,6 +78,42 @@ def test_configuring_again_does_not_double_the_lines(output: Output) -> None:
     logs.configure(process="test", stream=output, as_json=True)
     structlog.get_logger("here").info("once")
     assert len(output.events()) == 1
+
+
+class TestBeside:
+    """A log that whoever writes it does not wait for."""
+
+    def test_one_that_stands_still_stops_nobody_and_says_what_it_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(logs, "LINES_MAX", 3)
+        root = logging.getLogger()
+        handlers, level = root.handlers[:], root.level
+        reading, writing = os.pipe()
+        try:
+            with os.fdopen(reading) as lines, os.fdopen(writing, "w") as output:
+                logs.configure("info", process="test", stream=output, as_json=True, beside=True)
+                log = structlog.get_logger("here")
+                log.info("the pipe is full", padding=["x" * 1000] * 100)
+                time.sleep(0.2)  # the thread stands in its write
+                for number in range(5):
+                    log.info(str(number))
+                events = [json.loads(lines.readline()) for _ in range(5)]
+        finally:
+            root.handlers, root.level = handlers, level
+            structlog.reset_defaults()
+        assert [event["event"] for event in events] == ["the pipe is full", "0", "1", "2", "log lines lost"]
+        assert events[-1]["count"] == 2
+
+    @pytest.mark.parametrize(("lines", "reads"), [(1, True), (5_000, False)])
+    def test_end_of_the_process_waits_for_its_last_words_but_not_for_ever(self, lines: int, reads: bool) -> None:
+        said = (
+            "import structlog; from worker import logs; logs.configure(beside=True)\n"
+            f"for number in range({lines}): structlog.get_logger('here').info('last words', padding='x' * 100)"
+        )
+        with subprocess.Popen((sys.executable, "-c", said), stderr=subprocess.PIPE, cwd=ROOT) as process:
+            assert process.stderr is not None
+            if reads:
+                assert b"last words" in process.stderr.read()
+            assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize(
