@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -30,7 +31,8 @@ _MESSAGES = """unnest(%s::bigint[], %s::bigint[], %s::bigint[], %s::text[], %s::
 AS s (id, conversation_id, user_id, role, content, microseconds, status, idempotency_key)"""
 _INSERT = f"""
 INSERT INTO message (id, conversation_id, user_id, role, content, status, idempotency_key, created_at)
-SELECT id, conversation_id, user_id, role, content, status, idempotency_key, timestamptz 'epoch' + microseconds * interval '1 microsecond'
+SELECT id, conversation_id, user_id, role, content, status, NULLIF(idempotency_key, ''),
+       timestamptz 'epoch' + microseconds * interval '1 microsecond'
 FROM {_MESSAGES}
 ON CONFLICT DO NOTHING
 """
@@ -164,7 +166,7 @@ class _Plan:
             if size >= INSERT_CHARS_MAX or end == len(self.messages):
                 part = self.messages[start:end]
                 entries = [row.entry for row in part]
-                values = [(e.id, e.conversation_id, e.user_id, e.role, e.content, e.microseconds, e.status, e.key or None) for e in entries]
+                values = [(e.id, e.conversation_id, e.user_id, e.role, e.content, e.microseconds, e.status, e.key) for e in entries]
                 found.append((part, _columns(values)))
                 start, size = end, 0
         return found
@@ -208,7 +210,8 @@ def decode_batch(batches: Mapping[int, Sequence[RawEntry]]) -> Decoded:
                 else:
                     dead.append(_Dead(shard, raw, "other_shard"))
     plan = _Plan.of(rows)
-    plan.insertions  # noqa: B018 - now, and not while Postgres waits for them
+    with suppress(ValueError):  # comes again where it can be dealt with
+        plan.insertions  # noqa: B018 - now, and not while Postgres waits for them
     return Decoded(plan, dead, last_ids)
 
 
@@ -222,6 +225,7 @@ def persist_batch(cursor: Cursor, shards: int, batch: Decoded, *, by_hand: bool 
     if not by_hand and any(change.title is not None for change in plan.changes.values()):
         cursor.execute("SELECT number, last_id FROM shard WHERE number = ANY(%s)", (list(batch.last_ids),))
         plan = _Plan.of(plan.rows, dict(cursor.fetchall()))
+        plan.insertions = batch.plan.insertions  # of which nothing depends on that
     done = Persisted(planted={(one.shard, one.entry.id) for one in batch.dead})
     dead = batch.dead + _apply_or_halve(cursor, plan, done)
     _bury(cursor, dead)

@@ -30,7 +30,7 @@ IDLE_SECONDS = 15.0
 _GIVEN = ("id", "conversation_id", "user_id", "role", "content", "microseconds", "status", "idempotency_key")
 _INSERT = (
     "INSERT INTO message (id, conversation_id, user_id, role, content, status, idempotency_key, created_at) "
-    "SELECT id, conversation_id, user_id, role, content, status, idempotency_key, "
+    "SELECT id, conversation_id, user_id, role, content, status, NULLIF(idempotency_key, ''), "
     "timestamptz 'epoch' + microseconds * interval '1 microsecond' FROM"
 )
 _KEYS = {"conversation": ("id",), "message": ("conversation_id", "id"), "dead_letter": ("shard", "entry_id"), "shard": ("number",)}
@@ -309,7 +309,8 @@ _ELEMENT = r'"(?:[^"\\]|\\.)*"|NULL|-?\d+'
 
 
 def _messages(columns: Sequence[str]) -> list[Row]:
-    return [dict(zip(_GIVEN, values, strict=True)) for values in _rows(columns)]
+    rows = [dict(zip(_GIVEN, values, strict=True)) for values in _rows(columns)]
+    return [row | {"idempotency_key": row["idempotency_key"] or None} for row in rows]  # NULLIF(idempotency_key, '')
 
 
 def _insert_messages(one: Transaction, words: str, columns: Sequence[str]) -> list[tuple[Any, ...]]:

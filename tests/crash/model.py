@@ -368,6 +368,7 @@ def installed() -> Iterator[None]:
         mock.patch.object(worker.flush, "raw_cursor", memory_postgres.raw_cursor),
         mock.patch.object(worker.loading, "transaction", _current("transaction")),
         mock.patch.object(worker.loading, "read_rows", _current("read_rows")),
+        mock.patch.object(worker.persist, "INSERT_CHARS_MAX", 2),  # so that several statements insert the messages of some batches
         mock.patch.object(worker.committed, "read_rows", _current("read_rows")),
         mock.patch.object(worker.persist, "execute_values", memory_postgres.execute_values),
         mock.patch.object(worker.pending, "asyncio", _Asyncio),
