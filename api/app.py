@@ -36,7 +36,7 @@ from api.schemas import MESSAGE_CHARS_MAX, ProblemOut
 from api.streams import OpenStreams
 from api.tokens import Tokens
 from api.turns import Turns
-from worker import database, logs
+from worker import database, log_thread, logs
 from worker.ended import EndedSignIns
 from worker.errors import ChatkeepError, ConfigurationError
 from worker.events import EventHub
@@ -142,6 +142,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     asyncio.get_running_loop().set_exception_handler(_on_lost_exception)
     async with AsyncExitStack() as stack:
+        stack.callback(log_thread.be_patient)
         stack.callback(database.dispose)
         app.state.redis_sync = connect_sync(settings, name="chatkeep-api-metrics")
         stack.callback(app.state.redis_sync.close)

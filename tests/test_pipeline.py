@@ -687,6 +687,13 @@ class TestLogs:
             finally:
                 process.kill()
 
+    def test_has_the_last_words_of_a_process_that_is_told_to_end(self, chatkeep: Installation) -> None:
+        with ending_api(chatkeep) as (process, _):
+            process.family()[0].terminate()
+            process.exit_code()
+            assert "Application shutdown complete" in process.said
+            assert "Finished server process" in process.said
+
 
 class TestSecrets:
     def test_the_broker_carries_no_data(self, chatkeep: Installation, ann: Person, conversation: int) -> None:

@@ -6,22 +6,16 @@
 `configure` sends structlog's events and the standard library's (uvicorn, Celery, SQLAlchemy) through one handler. Three things keep data
 out: fields with a telling name are hidden, text that looks like a secret or an address is hidden wherever it stands, and of an exception
 only its class and the places in the code are shown, because its text may quote what it choked on (ours excepted).
-
-The API writes them `beside`: a log that stands still (nobody reads the pipe, its disk is stuck) would else stop its event loop, and with it
-every answer. It was seen to.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import sys
 import threading
-import time
 import traceback
-from collections import deque
 from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +24,7 @@ from typing import Any, TextIO
 import structlog
 
 from worker.errors import ChatkeepError
+from worker.log_thread import LogThread
 
 _HIDDEN_FIELDS = frozenset(
     {
@@ -65,80 +60,12 @@ _TALKATIVE = ("openai", "httpx2", "httpcore2")
 Event = MutableMapping[str, Any]
 
 
-LINES_MAX = 10_000
-"""That wait for a log which stands still; further ones are counted and left out."""
-_PACE_SECONDS = 0.02
-"""So that a thousand lines a second are fifty writes, and the thread is not woken for each."""
-_FLUSH_SECONDS = 1.0
-
-
-class Beside(logging.Handler):
-    """Writes from a thread of its own: whoever logs never waits for the output. At the end of the process, what is left gets a second.
-
-    Past Python's own buffers: their lock, held by a thread that never ends, would abort the process at its end.
-    """
-
-    def __init__(self, output: TextIO) -> None:
-        super().__init__()
-        self._file = output.fileno()
-        self._lines: deque[str] = deque()
-        self._lost = 0
-        self._writing = self._closed = False
-        self._changed = threading.Condition()
-        threading.Thread(target=self._run, name="log", daemon=True).start()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Takes a line; called by `logging`."""
-        try:
-            line = self.format(record)
-        except Exception:  # noqa: BLE001 - as in each handler of the standard library
-            self.handleError(record)
-            return
-        with self._changed:
-            if len(self._lines) >= LINES_MAX:
-                self._lost += 1
-                return
-            self._lines.append(line + "\n")
-            if len(self._lines) == 1:
-                self._changed.notify_all()
-
-    def flush(self) -> None:
-        """Waits a little until everything is written; called at the end of the process."""
-        with self._changed:
-            self._changed.wait_for(lambda: not (self._lines or self._writing), _FLUSH_SECONDS)
-
-    def close(self) -> None:
-        """Ends the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        super().close()
-
-    def _run(self) -> None:
-        while not self._closed:
-            with self._changed:
-                self._changed.wait_for(lambda: self._lines or self._closed)
-            time.sleep(_PACE_SECONDS)
-            with self._changed:
-                rest, lost = "".join(self._lines).encode(errors="backslashreplace"), self._lost
-                self._lines.clear()
-                self._writing, self._lost = True, 0
-            with suppress(OSError):  # the output is gone, and there is nowhere to say so
-                while rest:
-                    rest = rest[os.write(self._file, rest) :]
-            with self._changed:
-                self._writing = False
-                self._changed.notify_all()
-            if lost:
-                structlog.get_logger(__name__).warning("log lines lost", count=lost)
-
-
 def configure(
     level: str = "INFO", *, process: str | None = None, stream: TextIO | None = None, as_json: bool | None = None, beside: bool = False
 ) -> None:
     """Sets logging up for this process; `process` is written on every line. JSON, unless a person is watching. May be called again.
 
-    `beside`: nobody waits for the output.
+    `beside`: a thread writes them, and nobody waits for the output (`worker/log_thread.py`).
     """
     output = stream or sys.stderr
     shared: list[Any] = [
@@ -151,7 +78,10 @@ def configure(
         _hide,
     ]
     last: Any = _render_json if as_json or (as_json is None and not output.isatty()) else structlog.dev.ConsoleRenderer()
-    handler = Beside(output) if beside else logging.StreamHandler(output)
+    handler: logging.Handler = logging.StreamHandler(output)
+    if beside:
+        with suppress(OSError):  # no file, no pipe: a notebook's
+            handler = LogThread(output)
     handler.name = _OUR_HANDLER
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -177,6 +107,20 @@ def configure(
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+    if stream is None:
+        _take_over()
+
+
+def _take_over() -> None:
+    """Has warnings, and exceptions that nobody can catch, go into the log. Python would print them, with a text that may quote data."""
+    log = structlog.get_logger(__name__)
+    logging.captureWarnings(True)
+    sys.unraisablehook = lambda found: log.error("exception that could not be raised", **_describe_any(found.exc_value))
+    threading.excepthook = lambda found: log.error("exception that ended a thread", **_describe_any(found.exc_value))
+
+
+def _describe_any(exc: BaseException | None) -> dict[str, Any]:
+    return {} if exc is None else describe(exc)
 
 
 def describe(exc: BaseException) -> dict[str, Any]:

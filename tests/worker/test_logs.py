@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,42 +78,6 @@ def test_configuring_again_does_not_double_the_lines(output: Output) -> None:
     assert len(output.events()) == 1
 
 
-class TestBeside:
-    """A log that whoever writes it does not wait for."""
-
-    def test_one_that_stands_still_stops_nobody_and_says_what_it_lost(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(logs, "LINES_MAX", 3)
-        root = logging.getLogger()
-        handlers, level = root.handlers[:], root.level
-        reading, writing = os.pipe()
-        try:
-            with os.fdopen(reading) as lines, os.fdopen(writing, "w") as output:
-                logs.configure("info", process="test", stream=output, as_json=True, beside=True)
-                log = structlog.get_logger("here")
-                log.info("the pipe is full", padding=["x" * 1000] * 100)
-                time.sleep(0.2)  # the thread stands in its write
-                for number in range(5):
-                    log.info(str(number))
-                events = [json.loads(lines.readline()) for _ in range(5)]
-        finally:
-            root.handlers, root.level = handlers, level
-            structlog.reset_defaults()
-        assert [event["event"] for event in events] == ["the pipe is full", "0", "1", "2", "log lines lost"]
-        assert events[-1]["count"] == 2
-
-    @pytest.mark.parametrize(("lines", "reads"), [(1, True), (5_000, False)])
-    def test_end_of_the_process_waits_for_its_last_words_but_not_for_ever(self, lines: int, reads: bool) -> None:
-        said = (
-            "import structlog; from worker import logs; logs.configure(beside=True)\n"
-            f"for number in range({lines}): structlog.get_logger('here').info('last words', padding='x' * 100)"
-        )
-        with subprocess.Popen((sys.executable, "-c", said), stderr=subprocess.PIPE, cwd=ROOT) as process:
-            assert process.stderr is not None
-            if reads:
-                assert b"last words" in process.stderr.read()
-            assert process.wait(20) == 0
-
-
 @pytest.mark.parametrize(
     "name", ["content", "text", "title", "body", "prompt", "reply", "email", "username", "password", "token", "authorization", "cookie"]
 )
@@ -176,3 +138,27 @@ def test_values_that_are_no_json_are_only_named(output: Output) -> None:
     structlog.get_logger("here").info("something", value=ValueError(SECRET), other=b"bytes")
     (event,) = output.events()
     assert (event["value"], event["other"]) == ("ValueError", "bytes")
+
+
+def test_what_python_itself_would_print_says_no_more_than_a_class_and_a_place() -> None:
+    """Warnings, exceptions that ended a thread, and those that could not be raised."""
+    program = f"""
+import threading, warnings
+from worker import logs
+logs.configure()
+class Gone:
+    def __del__(self):
+        raise ValueError("{SECRET}")
+def end():
+    raise KeyError("{SECRET}")
+Gone()
+thread = threading.Thread(target=end)
+thread.start()
+thread.join()
+warnings.warn("old", DeprecationWarning, stacklevel=1)
+"""
+    command = (sys.executable, "-W", "always", "-c", program)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=30)
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [(event["level"], event.get("error")) for event in events] == [("error", "ValueError"), ("error", "KeyError"), ("warning", None)]
+    assert SECRET not in done.stderr
