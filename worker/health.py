@@ -28,13 +28,21 @@ LOOK_SECONDS = 5.0
 EXIT_CODE = 70
 QUEUE = "celery"
 _BROKER_SECONDS = 5.0
+NOTE_SECONDS = 1.0
+"""A busy worker has ten tasks a second, and each note is an fsync of the log's server, which everybody waits for."""
 
 log = structlog.get_logger(__name__)
 
 
+_noted_at = float("-inf")
+
+
 def note_activity(client: Redis) -> None:
-    """Called when a task begins or ends."""
-    backlog.note_worker(client, socket.gethostname(), time.time())
+    """Called when a task begins or ends; notes it, but not more often than `NOTE_SECONDS`."""
+    global _noted_at
+    if time.monotonic() - _noted_at >= NOTE_SECONDS:
+        backlog.note_worker(client, socket.gethostname(), time.time())
+        _noted_at = time.monotonic()
 
 
 def stalled(client: Redis, app: Celery, settings: Settings, host: str, now: float, since: float) -> str | None:

@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 from redis import Redis
 
-from worker import keys
+from worker import health, keys
 from worker.broker import make_app
 from worker.health import STALLED_SECONDS, note_activity, stalled
 from worker.redis import connect_sync
@@ -26,6 +26,12 @@ HOST = socket.gethostname()
 def redis(settings: Settings) -> Iterator[Redis]:
     with closing(connect_sync(settings)) as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a test before."""
+    monkeypatch.setattr(health, "_noted_at", float("-inf"))
 
 
 def age_the_log(redis: Redis, seconds: float) -> None:
@@ -46,6 +52,16 @@ class TestStalled:
         problem = self.look(redis, settings, later=STALLED_SECONDS + 10)
         assert problem
         assert "1 tasks are queued" in problem
+
+    def test_tasks_are_noted_once_a_second(self, redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+        def noted() -> bool:
+            redis.delete(keys.WORKERS)
+            note_activity(redis)
+            return redis.exists(keys.WORKERS) == 1
+
+        assert [noted(), noted()] == [True, False]
+        monkeypatch.setattr(health, "NOTE_SECONDS", 0.0)
+        assert noted()
 
     def test_one_that_was_just_started_gets_its_time(self, settings: Settings, redis: Redis) -> None:
         age_the_log(redis, STALLED_SECONDS + 10)
