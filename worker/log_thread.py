@@ -14,7 +14,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import TextIO
 
 LINES_MAX = 10_000
@@ -145,9 +144,8 @@ def _handlers() -> Iterator[LogThread]:
 
 
 def _forget_parent() -> None:
-    with suppress(RuntimeError):  # its list of handlers was being changed at that moment
-        for handler in _handlers():
-            handler.begin_anew()
+    for handler in _handlers():
+        handler.begin_anew()
 
 
 if hasattr(os, "register_at_fork"):

@@ -107,7 +107,7 @@ def configure(
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
-    if stream is None:
+    if stream is None:  # then it is the log of the process, and not of a test
         _take_over()
 
 

@@ -225,7 +225,6 @@ def persist_batch(cursor: Cursor, shards: int, batch: Decoded, *, by_hand: bool 
     if not by_hand and any(change.title is not None for change in plan.changes.values()):
         cursor.execute("SELECT number, last_id FROM shard WHERE number = ANY(%s)", (list(batch.last_ids),))
         plan = _Plan.of(plan.rows, dict(cursor.fetchall()))
-        plan.insertions = batch.plan.insertions  # of which nothing depends on that
     done = Persisted(planted={(one.shard, one.entry.id) for one in batch.dead})
     dead = batch.dead + _apply_or_halve(cursor, plan, done)
     _bury(cursor, dead)
