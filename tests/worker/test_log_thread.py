@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,8 +29,8 @@ class Pipe:
     """What a process writes its log into, and a reader who reads when he is told to."""
 
     def __init__(self) -> None:
-        reading, writing = os.pipe()
-        self.output, self._lines = os.fdopen(writing, "w"), os.fdopen(reading)
+        self.reading, writing = os.pipe()
+        self.output, self._lines = os.fdopen(writing, "w"), os.fdopen(self.reading)
 
     def configure(self, level: str = "INFO") -> Any:
         """Has this process's log written into it; the logger."""
@@ -51,8 +53,10 @@ class Pipe:
         return [json.loads(self._lines.readline()) for _ in range(count)]
 
     def close(self) -> None:
-        self.output.close()
+        """The reader first, or whoever stands in a write would stand there for ever."""
         self._lines.close()
+        with suppress(BrokenPipeError):
+            self.output.close()
 
 
 @pytest.fixture
@@ -118,18 +122,23 @@ def test_full_disk_is_counted(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_lines_of_several_processes_are_not_mixed(pipe: Pipe) -> None:
-    program = "import sys, structlog; from worker import logs; logs.configure(process=sys.argv[1], as_json=True, beside=True)\n"
+    program = "import sys, structlog; from worker import log_thread, logs; logs.configure(process=sys.argv[1], as_json=True, beside=True)\n"
+    program += "log_thread._FLUSH_SECONDS = 30\n"
     program += "for number in range(500): structlog.get_logger('here').info(str(number), padding='x' * 300)"
     running = [
         subprocess.Popen((sys.executable, "-c", program, name), stderr=pipe.output, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
         for name in "ab"
     ]
     try:
-        events = pipe.read(1_000)
+        time.sleep(0.8)  # until both of them stand before a full pipe
+        text = b""
+        while text.count(b"\n") < 1_000:
+            text += os.read(pipe.reading, 1_000)  # slowly, so that the pipe is always full
     finally:
         for process in running:
             process.kill()
             process.wait()
+    events = [json.loads(line) for line in text.splitlines()]
     for name in "ab":
         assert [event["event"] for event in events if event["process"] == name] == [str(number) for number in range(500)]
 
