@@ -255,6 +255,18 @@ class TestPoison:
         assert (await log.append(user, conversation, "user", "before", key=client_key("a"))).replayed
         core.assert_clean(redis, settings)
 
+    async def test_nul_that_was_overlooked_mixes_up_no_messages(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:
+        """Texts are quoted all at once, with NULs between them."""
+        monkeypatch.setattr("worker.codec._fits", lambda *_: True)
+        await log.append(user, conversation, "user", "before")
+        last = int(redis.xrevrange(keys.log(shard), count=1)[0][0].split(b"-")[0])
+        core.plant(redis, shard, f"{last + 64}-0", b=core.message_entry(user, conversation, "a\x00b"))
+        await log.append(user, conversation, "user", "after")
+        report = flush_shard(redis, settings, shard)
+        assert (report.messages, report.dead_letters) == (2, 1)
+        assert core.contents(conversation) == ["before", "after"]
+        assert core.ask("SELECT reason, error FROM dead_letter") == [("refused", "ValueError")]
+
     async def test_that_takes_the_number_of_the_message_before_it_does_not_take_its_place(
         self, settings, redis, log, user, shard, conversation
     ) -> None:
