@@ -194,7 +194,7 @@ class Chatkeep:
         names = []
         for user, conversation in conversations:
             shard = self.shard_of(user)
-            names += [keys.conversation(shard, conversation), keys.messages(shard, conversation), keys.retry_keys(shard, conversation)]
+            names += keys.of_conversation(shard, conversation)
         self.redis.delete(*names)
 
     def knows(self, user: int, conversation: int) -> bool:

@@ -8,6 +8,7 @@ settings             the product's settings, pointing at these two; `get_setting
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,6 +17,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 import redis
+import structlog
 
 from tests import schema
 from worker.embedded import EmbeddedPostgres, EmbeddedValkey
@@ -30,6 +32,16 @@ TEMPLATE = "template_chatkeep"
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture
+def own_logging() -> Iterator[None]:
+    """For a test that sets logging up: afterwards it is as it was."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers, root.level = handlers, level
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -112,7 +112,7 @@ def assert_clean(redis: Redis, settings: Settings) -> None:
 def forget(redis: Redis, user: int, conversation: int, settings: Settings) -> bool:
     """What expiry may do at any moment: drops what has an expiry of a conversation and its user; False if there was nothing to drop."""
     shard = keys.shard_of_user(user, settings.shards)
-    names = [keys.conversation(shard, conversation), keys.messages(shard, conversation), keys.retry_keys(shard, conversation)]
+    names = keys.of_conversation(shard, conversation)
     gone = [name for name in (*names, keys.created_keys(shard, user)) if redis.pttl(name) >= 0]
     return bool(gone and redis.delete(*gone))
 

@@ -504,7 +504,7 @@ class TestPostgres:
         chatkeep.drain()
         with chatkeep.redis() as client:
             shard = keys.shard_of_user(person.id, SHARDS)
-            client.delete(keys.conversation(shard, conversation), keys.messages(shard, conversation), keys.retry_keys(shard, conversation))
+            client.delete(*keys.of_conversation(shard, conversation))
         return conversation
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import structlog
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
@@ -111,15 +109,10 @@ class TestShape:
 
 class TestUnforeseen:
     @pytest.fixture
-    def output(self) -> Iterator[io.StringIO]:
+    def output(self, own_logging: None) -> io.StringIO:
         stream = io.StringIO()
-        level = logging.getLogger().level
         logs.configure(process="test", stream=stream, as_json=True)
-        yield stream
-        root = logging.getLogger()
-        root.handlers = [handler for handler in root.handlers if handler.name != "chatkeep"]
-        root.setLevel(level)
-        structlog.reset_defaults()
+        return stream
 
     def test_is_a_500_that_tells_nobody_anything(self, app: FastAPI, output: io.StringIO) -> None:
         app.add_api_route("/boom", _raiser(ValueError(f"could not parse {MARK}")))

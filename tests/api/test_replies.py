@@ -5,15 +5,13 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import httpx2
 import pytest
-import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
@@ -155,14 +153,10 @@ DONE = event(None, "stop") + b"data: [DONE]\n\n"
 
 class TestModel:
     @pytest.fixture
-    def output(self) -> Iterator[io.StringIO]:
-        root = logging.getLogger()
-        handlers, level = root.handlers[:], root.level
+    def output(self, own_logging: None) -> io.StringIO:
         stream = io.StringIO()
         logs.configure("DEBUG", process="test", stream=stream, as_json=True)
-        yield stream
-        root.handlers, root.level = handlers, level
-        structlog.reset_defaults()
+        return stream
 
     @pytest.fixture
     def settings(self, plain: Settings) -> Settings:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import structlog
@@ -60,13 +60,9 @@ class Pipe:
 
 
 @pytest.fixture
-def pipe() -> Iterator[Pipe]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+def pipe(own_logging: None) -> Iterator[Pipe]:
     made = Pipe()
     yield made
-    root.handlers, root.level = handlers, level
-    structlog.reset_defaults()
     made.close()
 
 
@@ -179,17 +175,11 @@ def test_what_waits_when_it_is_set_up_again_is_written(pipe: Pipe) -> None:
     assert sorted(names(pipe.read(3))) == ["first", "second", "third"]
 
 
-def test_output_that_is_no_file_is_written_at_once() -> None:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    output: TextIO = io.StringIO()
-    try:
-        logs.configure(process="test", stream=output, as_json=True, beside=True)
-        structlog.get_logger("here").info("said")
-    finally:
-        root.handlers, root.level = handlers, level
-        structlog.reset_defaults()
-    assert json.loads(output.getvalue())["event"] == "said"  # type: ignore[attr-defined]
+def test_output_that_is_no_file_is_written_at_once(own_logging: None) -> None:
+    output = io.StringIO()
+    logs.configure(process="test", stream=output, as_json=True, beside=True)
+    structlog.get_logger("here").info("said")
+    assert json.loads(output.getvalue())["event"] == "said"
 
 
 @pytest.mark.parametrize(("lines", "reads"), [(1, True), (5_000, False)])

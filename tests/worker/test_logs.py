@@ -7,7 +7,6 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,14 +28,10 @@ class Output(io.StringIO):
 
 
 @pytest.fixture
-def output() -> Iterator[Output]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+def output(own_logging: None) -> Output:
     stream = Output()
     logs.configure("info", process="test", stream=stream, as_json=True)
-    yield stream
-    root.handlers, root.level = handlers, level
-    structlog.reset_defaults()
+    return stream
 
 
 def test_event_is_one_line_of_json_with_its_fields(output: Output) -> None:
