@@ -4,8 +4,8 @@
     with read(user=user_id) as connection:                            # SQLAlchemy's Connection
         connection.execute(...)
     with transaction(seconds=30, role="worker") as connection:        # commits at the end
-        with raw_cursor(connection) as cursor:                        # the same transaction, for COPY
-            cursor.copy_expert(...)
+        with raw_cursor(connection) as cursor:                        # the same transaction, without SQLAlchemy
+            cursor.execute(...)
 
 Leaving the block commits; an exception rolls back. The body never commits, and never swallows a failed statement without a
 savepoint. What comes out of the block:
@@ -32,9 +32,9 @@ reads no dead letter, and changes no account; the worker's login reads no accoun
 
 **The deadline.** A frozen Postgres (SIGSTOP, a stuck disk or hypervisor) answers nothing while its kernel goes on acknowledging:
 `statement_timeout` is frozen with it, keepalives see a living peer, and psycopg2 waits for ever inside libpq. psycopg2's wait
-callbacks would help, but they forbid COPY. So each transaction has a deadline on our side. Every connection tells the deadline of
-its thread about itself before it sends anything (`_Connection.cursor`), which covers SQLAlchemy's first questions to a new server
-too; the deadline keeps a duplicate of the socket, and one watchdog thread shuts that down when time is over. The
+callbacks would help too, but not with COPY, by which messages once got in. So each transaction has a deadline on our side. Every
+connection tells the deadline of its thread about itself before it sends anything (`_Connection.cursor`), which covers SQLAlchemy's first
+questions to a new server too; the deadline keeps a duplicate of the socket, and one watchdog thread shuts that down when time is over. The
 call that was waiting fails at once with OperationalError, and the connection never goes back to the pool. The duplicate is ours, so
 a number that the kernel has given to another file meanwhile is never touched. Connecting has no socket that we could see: it runs in
 a thread of its own which is abandoned when time is over, and which libpq's `connect_timeout` ends (a name server that does not
@@ -241,7 +241,7 @@ def _driver_sql(statement: TextClause) -> str:
 
 @contextmanager
 def raw_cursor(connection: Connection) -> Iterator[DBAPICursor]:
-    """psycopg2's own cursor in the same transaction, for `copy_expert`."""
+    """psycopg2's own cursor in the same transaction: for a flush, whose statements are long and its own."""
     cursor = connection.connection.cursor()
     try:
         yield cursor
@@ -464,7 +464,7 @@ def _origin(exc: BaseException) -> BaseException:
 
 
 def _forget_data(exc: BaseException) -> None:
-    """The server's text quotes rows and COPY lines; it must not reach a log by way of a traceback. `diag` stays for the caller."""
+    """The server's text quotes rows; it must not reach a log by way of a traceback. `diag` stays for the caller."""
     seen: BaseException | None = exc
     while seen is not None:
         if isinstance(seen, (psycopg2.Error, DBAPIError)):
