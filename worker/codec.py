@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, overload
@@ -163,11 +163,55 @@ def public(messages: Sequence[Stored], committed: int) -> bytes:
     return b",".join(message.public(committed) for message in messages)
 
 
-class Entry(NamedTuple):
-    """One entry of the pending log, decoded and checked. `body` depends on `kind`; `key` is '' where there is none.
+class RawEntry(NamedTuple):
+    """An entry of the log as it lies there, by field; None where one is missing, which no append leaves out."""
 
-    Made once for each row, so a tuple: 0.3 µs, where a frozen dataclass takes 1.6.
+    id: bytes
+    kind: bytes | None
+    user: bytes | None
+    time: bytes | None
+    body: bytes | None
+    key: bytes | None
+    extra: bytes | None
+    size: int
+    """What it counts for in the backlog."""
+    given: Sequence[bytes]
+    """Names and values in turn, as they came."""
+
+    @classmethod
+    def of(cls, entry_id: bytes, fields: Mapping[bytes, bytes]) -> RawEntry:
+        """One, whatever fields it has."""
+        kind, user, time, body, key, extra = map(fields.get, _FIELDS)
+        size = len(body or b"") + len(key or b"") + len(extra or b"") + ENTRY_OVERHEAD_BYTES
+        return cls(entry_id, kind, user, time, body, key, extra, size, [part for pair in fields.items() for part in pair])
+
+    @property
+    def fields(self) -> dict[bytes, bytes]:
+        return dict(zip(self.given[::2], self.given[1::2], strict=True))
+
+
+def raw_entries(page: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[RawEntry]:
+    """Entries of the log as Redis gives them: (id, names and values in turn).
+
+    Those of an append all have the same fields in the same order, and are taken column by column: 0.8 µs for each, where one by one they
+    take 2.
     """
+    if not page:
+        return []
+    ids, given = zip(*page, strict=True)
+    columns = list(zip(*given, strict=False))  # as many as the shortest has: some have one more
+    if [set(names) for names in columns[: 2 * len(_FIELDS) : 2]] != [{name} for name in _FIELDS]:
+        return [RawEntry.of(entry_id, dict(zip(parts[::2], parts[1::2], strict=True))) for entry_id, parts in page]
+    _, _, _, bodies, keys_, extras = values = columns[1 : 2 * len(_FIELDS) : 2]
+    sizes = [len(body) + len(key) + len(extra) + ENTRY_OVERHEAD_BYTES for body, key, extra in zip(bodies, keys_, extras, strict=True)]
+    return list(map(RawEntry._make, zip(ids, *values, sizes, given, strict=True)))
+
+
+_FIELDS = (b"k", b"u", b"t", b"b", b"x", b"a")
+
+
+class Entry(NamedTuple):
+    """One entry of the pending log, decoded and checked. `body` depends on `kind`; `key` is '' where there is none."""
 
     id: int
     kind: Kind
@@ -177,10 +221,34 @@ class Entry(NamedTuple):
     key: str
     extra: str
     """A message: the title that it gave its conversation, or ''. A new conversation: the hash of the request."""
-    role: str = ""
-    content: str = ""
-    status: str = ""
-    title: str | None = None
+    role: str
+    content: str
+    status: str
+    title: str | None
+
+
+class Entries(NamedTuple):
+    """Entries as columns, in the order of `Entry`'s fields. An `Entry` for each, checked by itself, took a worker 3 µs more."""
+
+    ids: Sequence[int]
+    kinds: Sequence[Kind]
+    microseconds: Sequence[int]
+    conversation_ids: Sequence[int]
+    user_ids: Sequence[int]
+    keys: Sequence[str]
+    extras: Sequence[str]
+    roles: Sequence[str]
+    contents: Sequence[str]
+    statuses: Sequence[str]
+    titles: Sequence[str | None]
+
+    def entry(self, position: int) -> Entry:
+        """One of them."""
+        return Entry._make(column[position] for column in self)
+
+    def some(self, positions: Sequence[int]) -> Entries:
+        """These of them."""
+        return Entries._make([column[position] for position in positions] for column in self)
 
 
 def message_body(conversation_id: int, user_id: int, role: str, content: str, status: str) -> bytes:
@@ -198,56 +266,82 @@ def request_hash(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:32]
 
 
-def decode_entry(entry_id: bytes, fields: dict[bytes, bytes]) -> Entry:
-    """Reads one entry of the log; raises `BadEntry`, which names no content, for anything that an append did not write.
+def decode_entry(entry_id: bytes, fields: Mapping[bytes, bytes]) -> Entry:
+    """Reads one entry of the log; raises as `decode_entries` does."""
+    return decode_entries([RawEntry.of(entry_id, fields)]).entry(0)
+
+
+def decode_entries(entries: Sequence[RawEntry]) -> Entries:
+    """Reads entries of the log; raises `BadEntry`, which names no content, if an append did not write all of them.
 
     What passes can be inserted, unless its user or its conversation is not there.
     """
     try:
-        body: dict[str, Any] = orjson.loads(fields[b"b"])
-        kind = fields[b"k"].decode()
-        entry = Entry(
-            keys.entry_number(entry_id) or 0,
-            kind,  # type: ignore[arg-type]  # checked by _sound
-            int(fields[b"t"]),
-            body["conversation_id"],
-            body["user_id"],
-            fields[b"x"].decode(),
-            fields[b"a"].decode(),
-            body["role"] if kind == "m" else "",
-            body["content"] if kind == "m" else "",
-            body["status"] if kind == "m" else "",
-            None if kind in "md" else body["title"],
-        )
-    except (KeyError, TypeError, ValueError) as exc:
-        raise BadEntry(f"log entry {entry_id.decode(errors='replace')} is malformed ({type(exc).__name__})") from exc
-    if not _sound(entry):
-        raise BadEntry(f"log entry {entry_id.decode(errors='replace')} holds a value that no append writes")
-    return entry
+        columns = _columns(entries)
+        if _sound(columns):
+            return columns
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        raise BadEntry(f"{_named(entries)} malformed ({type(exc).__name__})") from exc
+    raise BadEntry(f"{_named(entries)} not what an append writes")
 
 
-def _sound(entry: Entry) -> bool:
-    number, kind, microseconds, conversation, user, key, extra, role, content, status, title = entry
-    if not (type(number) is int and type(conversation) is int and type(user) is int):
-        return False
-    if not (0 < number < keys.ID_LIMIT and 0 < conversation < keys.ID_LIMIT and 0 < user < keys.ID_LIMIT):
-        return False
-    if not 0 <= microseconds < _MICROSECONDS_LIMIT:
-        return False
-    if keys.shard_of_id(number) != keys.shard_of_id(conversation):
-        return False
-    if (key and not _fits(key, KEY_CHARS_MAX)) or (extra and not _fits(extra, HASH_CHARS_MAX if kind == "c" else TITLE_CHARS_MAX)):
-        return False
-    if kind == "m":
-        return _fits(content) and role in ("user", "assistant") and status in ("complete", "incomplete")
-    if kind == "r":
-        return _fits(title, TITLE_CHARS_MAX)
-    return kind == "d" or (kind == "c" and (title is None or _fits(title, TITLE_CHARS_MAX)))
+def _named(entries: Sequence[RawEntry]) -> str:
+    only = f" {entries[0].id.decode(errors='replace')}" if len(entries) == 1 else ""
+    return f"log entry{only} is" if only else f"one of {len(entries)} log entries is"
 
 
-def _fits(value: Any, chars_max: int | None = None) -> bool:
-    """Whether a text column takes it. (Half surrogate pairs have not come this far: neither JSON nor UTF-8 bytes hold them.)"""
-    return type(value) is str and "\x00" not in value and (chars_max is None or len(value) <= chars_max)
+def _columns(entries: Sequence[RawEntry]) -> Entries:
+    if not entries:
+        return Entries._make([] for _ in Entries._fields)
+    ids, kinds, _, times, bodies, given_keys, extras, _, _ = zip(*entries, strict=True)
+    parsed = [orjson.loads(body) for body in bodies]  # each by itself: what somebody planted must not run over into its neighbour
+    ours = [kind == b"m" for kind in kinds]
+    return Entries(
+        [int(entry_id[:-2]) if entry_id[-2:] == b"-0" else 0 for entry_id in ids],
+        [kind.decode() for kind in kinds],
+        list(map(int, times)),
+        [body["conversation_id"] for body in parsed],
+        [body["user_id"] for body in parsed],
+        [key.decode() for key in given_keys],
+        [extra.decode() for extra in extras],
+        [body["role"] if is_message else "" for body, is_message in zip(parsed, ours, strict=True)],
+        [body["content"] if is_message else "" for body, is_message in zip(parsed, ours, strict=True)],
+        [body["status"] if is_message else "" for body, is_message in zip(parsed, ours, strict=True)],
+        [None if kind in (b"m", b"d") else body["title"] for body, kind in zip(parsed, kinds, strict=True)],
+    )
+
+
+_SORTS = {("c", "", ""), ("r", "", ""), ("d", "", "")}
+_SORTS |= {("m", role, status) for role in ("user", "assistant") for status in ("complete", "incomplete")}
+
+
+def _sound(columns: Entries) -> bool:
+    ids, kinds, microseconds, conversations, users, given_keys, extras, roles, contents, statuses, titles = columns
+    if not ids:
+        return True
+    return (
+        all(map(_are_ids, (ids, conversations, users)))
+        and keys.shards_of_ids(ids) == keys.shards_of_ids(conversations)
+        and min(microseconds) >= 0
+        and max(microseconds) < _MICROSECONDS_LIMIT
+        and set(zip(kinds, roles, statuses, strict=True)) <= _SORTS
+        and _fit(given_keys, KEY_CHARS_MAX)
+        and _fit(extras, TITLE_CHARS_MAX)
+        and _fit([extra for kind, extra in zip(kinds, extras, strict=True) if kind == "c"], HASH_CHARS_MAX)
+        and _fit(contents)
+        and _fit([title for title in titles if title is not None], TITLE_CHARS_MAX)
+        and ("r", None) not in zip(kinds, titles, strict=True)
+    )
+
+
+def _are_ids(values: Sequence[Any]) -> bool:
+    return set(map(type, values)) == {int} and min(values) > 0 and max(values) < keys.ID_LIMIT
+
+
+def _fit(texts: Sequence[Any], chars_max: int | None = None) -> bool:
+    """Whether a text column takes them. (Half surrogate pairs have not come this far: neither JSON nor UTF-8 bytes hold them.) Raises
+    `TypeError` for what is no text."""
+    return "\x00" not in "".join(texts) and (chars_max is None or max(map(len, texts), default=0) <= chars_max)
 
 
 def rfc3339(microseconds: int) -> str:

@@ -17,8 +17,7 @@ from rich.table import Table
 from sqlalchemy import text
 
 from worker import keys
-from worker.backlog import RawEntry
-from worker.codec import decode_entry
+from worker.codec import RawEntry, decode_entry
 from worker.database import raw_cursor, transaction
 from worker.errors import BadEntry, ChatkeepError
 from worker.persist import decode_batch, persist_batch, try_lock, unreadable

@@ -23,6 +23,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from worker import backlog, crashpoints, keys
+from worker.codec import RawEntry
 from worker.database import raw_cursor, transaction
 from worker.persist import Persisted, decode_batch, persist_batch, try_lock
 from worker.settings import Settings
@@ -46,7 +47,7 @@ BATCH_BUCKETS = (1, 10, 100, 1000, 5000, 10_000, 100_000)
 SECONDS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-_Entries: TypeAlias = dict[int, list[backlog.RawEntry]]
+_Entries: TypeAlias = dict[int, list[RawEntry]]
 """Entries of each shard, in its order."""
 
 
@@ -192,7 +193,7 @@ def _write(cursor: Cursor, settings: Settings, parts: Iterator[_Entries]) -> tup
 
 
 def trim_batches(
-    client: Redis, settings: Settings, batches: Mapping[int, Sequence[backlog.RawEntry]], persisted: Persisted
+    client: Redis, settings: Settings, batches: Mapping[int, Sequence[RawEntry]], persisted: Persisted
 ) -> dict[int, backlog.Trimmed]:
     """Trims in chunks, in each log's order; each conversation is settled with its last entry. What is left in each shard."""
     left: dict[int, backlog.Trimmed] = {}

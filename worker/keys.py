@@ -54,6 +54,7 @@ A crash of any process leaves all of it valid: each script is one step, and what
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from worker.settings import SHARD_SLOTS
 
@@ -88,6 +89,11 @@ def shard_of_user(user_id: int, shards: int) -> int:
 def shard_of_id(any_id: int) -> int:
     """The shard that a conversation's, message's or log entry's id was made in."""
     return any_id % SHARD_SLOTS
+
+
+def shards_of_ids(ids: Sequence[int]) -> list[int]:
+    """Of each of them."""
+    return [any_id % SHARD_SLOTS for any_id in ids]
 
 
 def entry_number(entry_id: bytes) -> int | None:

@@ -15,15 +15,16 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
+import orjson
 import psycopg2
 from psycopg2.extensions import cursor as Cursor
 from psycopg2.extras import execute_values
 
 from worker import crashpoints, keys
-from worker.backlog import RawEntry, Withdrawn
-from worker.codec import Entry, decode_entry, to_datetime
+from worker.backlog import Withdrawn
+from worker.codec import Entries, Entry, RawEntry, decode_entries, to_datetime
 from worker.errors import BadEntry
 from worker.loading import SHARD_LOCK
 
@@ -97,13 +98,6 @@ class _Change:
     given_title: str | None = None
 
 
-class _Row(NamedTuple):
-    """An entry that Postgres may take."""
-
-    raw: RawEntry
-    entry: Entry
-
-
 @dataclass(frozen=True, slots=True)
 class _Dead:
     """An entry that Postgres cannot take; `reason` and `error` name no content."""
@@ -116,58 +110,68 @@ class _Dead:
 
 @dataclass
 class _Plan:
-    """What entries come to, if Postgres has their conversations."""
+    """What entries come to, if Postgres has their conversations. An entry is named by its position among them."""
 
-    rows: Sequence[_Row]
+    raw: Sequence[RawEntry]
+    entries: Entries
     committed: Mapping[int, int]
     """For each shard, the highest id that was committed before, where that was asked: only for renames it makes a difference."""
     created: list[Entry] = field(default_factory=list)
-    messages: list[_Row] = field(default_factory=list)
-    owners: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
-    """Who the entries of each conversation say that it belongs to."""
+    messages: Sequence[int] = ()
+    owners: set[tuple[int, int]] = field(default_factory=set)
+    """Conversations, and who the entries say that they belong to."""
     changes: dict[int, _Change] = field(default_factory=lambda: defaultdict(_Change))
     deletions: dict[int, datetime] = field(default_factory=dict)
-    last: dict[int, _Row] = field(default_factory=dict)
+    last: dict[int, int] = field(default_factory=dict)
+    """Of each conversation."""
 
     @classmethod
-    def of(cls, rows: Sequence[_Row], committed: Mapping[int, int] = MappingProxyType({})) -> _Plan:
+    def of(cls, raw: Sequence[RawEntry], entries: Entries, committed: Mapping[int, int] = MappingProxyType({})) -> _Plan:
         """Takes them in their order."""
-        plan = cls(rows, committed)
-        for row in rows:
-            entry = row.entry
-            number = entry.conversation_id
-            plan.last[number] = row
-            plan.owners[number].add(entry.user_id)
-            if entry.kind == "m":
-                plan.messages.append(row)
-                change = plan.changes[number]
-                if change.activity is None or entry.microseconds > change.activity:
-                    change.activity = entry.microseconds
-                if entry.extra and not change.given_title:
-                    change.given_title = entry.extra
-            elif entry.kind == "c":
-                plan.created.append(entry)
-            elif entry.kind == "r":
-                if entry.id > committed.get(_shard(entry), 0):
-                    plan.changes[number].title = entry.title
-            else:
-                plan.deletions[number] = to_datetime(entry.microseconds)
+        numbers = entries.conversation_ids
+        plan = cls(raw, entries, committed, owners=set(zip(numbers, entries.user_ids, strict=True)))
+        plan.last = {number: position for position, number in enumerate(numbers)}
+        plan.messages = [position for position, kind in enumerate(entries.kinds) if kind == "m"]
+        if len(plan.messages) < len(raw):
+            plan._take_others()
+        for position in plan.messages:
+            change, microseconds = plan.changes[numbers[position]], entries.microseconds[position]
+            if change.activity is None or microseconds > change.activity:
+                change.activity = microseconds
+            if entries.extras[position] and not change.given_title:
+                change.given_title = entries.extras[position]
         if plan.deletions:
-            plan.messages = [row for row in plan.messages if row.entry.conversation_id not in plan.deletions]
+            plan.messages = [position for position in plan.messages if numbers[position] not in plan.deletions]
         return plan
 
+    def _take_others(self) -> None:
+        for position, kind in enumerate(self.entries.kinds):
+            if kind == "m":
+                continue
+            entry = self.entries.entry(position)
+            if kind == "c":
+                self.created.append(entry)
+            elif kind == "d":
+                self.deletions[entry.conversation_id] = to_datetime(entry.microseconds)
+            elif entry.id > self.committed.get(_shard(entry.id), 0):
+                self.changes[entry.conversation_id].title = entry.title
+
+    def part(self, positions: Sequence[int]) -> _Plan:
+        """Of these entries alone."""
+        return _Plan.of([self.raw[position] for position in positions], self.entries.some(positions), self.committed)
+
     @cached_property
-    def insertions(self) -> list[tuple[Sequence[_Row], list[str]]]:
-        """The messages that one statement inserts, as rows and as columns, and those of the next."""
-        found: list[tuple[Sequence[_Row], list[str]]] = []
+    def insertions(self) -> list[tuple[Sequence[int], list[str]]]:
+        """The messages that one statement inserts, and their columns, and those of the next."""
+        found: list[tuple[Sequence[int], list[str]]] = []
         start = size = 0
-        for end, row in enumerate(self.messages, 1):
-            size += len(row.entry.content)
+        for end, position in enumerate(self.messages, 1):
+            size += len(self.entries.contents[position])
             if size >= INSERT_CHARS_MAX or end == len(self.messages):
                 part = self.messages[start:end]
-                entries = [row.entry for row in part]
-                values = [(e.id, e.conversation_id, e.user_id, e.role, e.content, e.microseconds, e.status, e.key) for e in entries]
-                found.append((part, _columns(values)))
+                e = self.entries if len(part) == len(self.raw) else self.entries.some(part)
+                columns = (e.ids, e.conversation_ids, e.user_ids, e.roles, e.contents, e.microseconds, e.statuses, e.keys)
+                found.append((part, list(map(_array, columns))))
                 start, size = end, 0
         return found
 
@@ -194,25 +198,37 @@ def try_lock(cursor: Cursor, shards: Sequence[int]) -> list[int]:
 
 def decode_batch(batches: Mapping[int, Sequence[RawEntry]]) -> Decoded:
     """All that can be done without Postgres, so that it can be done while Postgres is busy with the part before."""
-    rows: list[_Row] = []
+    raw = [entry for batch in batches.values() for entry in batch]
+    shards = [shard for shard, batch in batches.items() for _ in batch]
     dead: list[_Dead] = []
-    last_ids: dict[int, int] = {}
-    for shard, batch in batches.items():
-        for raw in batch:
+    try:
+        entries = _decode(raw, shards)
+    except BadEntry:  # seldom: who is it?
+        good = []
+        for shard, entry in zip(shards, raw, strict=True):
             try:
-                entry = decode_entry(raw.id, raw.fields)
+                _decode([entry], [shard])
+                good.append(entry)
+            except _OtherShard:
+                dead.append(_Dead(shard, entry, "other_shard"))
             except BadEntry as exc:
-                dead.append(_Dead(shard, raw, "malformed", type(exc.__cause__).__name__ if exc.__cause__ else ""))
-            else:
-                if keys.shard_of_id(entry.id) == shard:
-                    rows.append(_Row(raw, entry))
-                    last_ids[shard] = entry.id
-                else:
-                    dead.append(_Dead(shard, raw, "other_shard"))
-    plan = _Plan.of(rows)
+                dead.append(_Dead(shard, entry, "malformed", type(exc.__cause__).__name__ if exc.__cause__ else ""))
+        raw, entries = good, decode_entries(good)
+    plan = _Plan.of(raw, entries)
     with suppress(ValueError):  # comes again where it can be dealt with
         plan.insertions  # noqa: B018 - now, and not while Postgres waits for them
-    return Decoded(plan, dead, last_ids)
+    return Decoded(plan, dead, dict(zip(keys.shards_of_ids(entries.ids), entries.ids, strict=True)))
+
+
+class _OtherShard(BadEntry):
+    """It lay in the log of another shard than its id was made in."""
+
+
+def _decode(raw: Sequence[RawEntry], shards: Sequence[int]) -> Entries:
+    entries = decode_entries(raw)
+    if keys.shards_of_ids(entries.ids) != shards:
+        raise _OtherShard
+    return entries
 
 
 def persist_batch(cursor: Cursor, shards: int, batch: Decoded, *, by_hand: bool = False) -> Persisted:
@@ -224,7 +240,7 @@ def persist_batch(cursor: Cursor, shards: int, batch: Decoded, *, by_hand: bool 
     plan = batch.plan
     if not by_hand and any(change.title is not None for change in plan.changes.values()):
         cursor.execute("SELECT number, last_id FROM shard WHERE number = ANY(%s)", (list(batch.last_ids),))
-        plan = _Plan.of(plan.rows, dict(cursor.fetchall()))
+        plan = _Plan.of(plan.raw, plan.entries, dict(cursor.fetchall()))
     done = Persisted(planted={(one.shard, one.entry.id) for one in batch.dead})
     dead = batch.dead + _apply_or_halve(cursor, plan, done)
     _bury(cursor, dead)
@@ -240,14 +256,14 @@ def persist_batch(cursor: Cursor, shards: int, batch: Decoded, *, by_hand: bool 
     return done
 
 
-def _shard(entry: Entry) -> int:
-    """Whose log it lay in: that of its id, or it would not have come so far."""
-    return keys.shard_of_id(entry.id)
+def _shard(entry_id: int) -> int:
+    """In whose log the entry lay: in that of its id, or it would not have come so far."""
+    return keys.shard_of_id(entry_id)
 
 
 def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
-    rows = plan.rows
-    if not rows:
+    raw, entries = plan.raw, plan.entries
+    if not raw:
         return []
     cursor.execute("SAVEPOINT part")
     try:
@@ -255,13 +271,14 @@ def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]
         dead = _apply(cursor, plan, part)
     except (psycopg2.DataError, psycopg2.IntegrityError, OverflowError, ValueError) as exc:  # the last two: psycopg2 cannot write the value
         cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
-        if len(rows) == 1:
-            [(raw, entry)] = rows
-            before = done.conversations.get(entry.conversation_id)
-            done.conversations[entry.conversation_id] = Touched(before.user_id if before else entry.user_id, raw)
-            return [_Dead(_shard(entry), raw, "refused", f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip())]
-        middle = len(rows) // 2
-        first, second = (_Plan.of(half, plan.committed) for half in (rows[:middle], rows[middle:]))
+        if len(raw) == 1:
+            number, user_id = entries.conversation_ids[0], entries.user_ids[0]
+            before = done.conversations.get(number)
+            done.conversations[number] = Touched(before.user_id if before else user_id, raw[0])
+            error = f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip()
+            return [_Dead(_shard(entries.ids[0]), raw[0], "refused", error)]
+        middle = len(raw) // 2
+        first, second = plan.part(range(middle)), plan.part(range(middle, len(raw)))
         return _apply_or_halve(cursor, first, done) + _apply_or_halve(cursor, second, done)
     cursor.execute("RELEASE SAVEPOINT part")
     done.add(part)
@@ -279,17 +296,19 @@ def _apply(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
         owners[number] = user_id
         if deleted:
             gone.add(number)
-    done.conversations = {number: Touched(owners.get(number, row.entry.user_id), row.raw) for number, row in plan.last.items()}
+    users = plan.entries.user_ids
+    done.conversations = {
+        number: Touched(owners.get(number, users[position]), plan.raw[position]) for number, position in plan.last.items()
+    }
     dead: list[_Dead] = []
-    if gone or any(users != {owners.get(number)} for number, users in plan.owners.items()):
+    if gone or any(owners.get(number) != user_id for number, user_id in plan.owners):
         kept = []
-        for row in plan.rows:
-            number = row.entry.conversation_id
-            if owners.get(number) != row.entry.user_id:
-                dead.append(_Dead(_shard(row.entry), row.raw, "no_conversation"))
+        for position, number in enumerate(plan.entries.conversation_ids):
+            if owners.get(number) != users[position]:
+                dead.append(_Dead(_shard(plan.entries.ids[position]), plan.raw[position], "no_conversation"))
             elif number not in gone:
-                kept.append(row)
-        plan = _Plan.of(kept, plan.committed)
+                kept.append(position)
+        plan = plan.part(kept)
     dead += _insert_messages(cursor, plan, done)
     _update_conversations(cursor, plan.changes)
     _delete_conversations(cursor, plan.deletions)
@@ -317,21 +336,23 @@ def _insert_messages(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead
         done.messages += cursor.rowcount
         if cursor.rowcount < len(part):
             cursor.execute(_LEFT_OUT, columns)
-            dead += _left_out(cursor.fetchall(), {row.entry.id: row for row in part}, done)
+            dead += _left_out(cursor.fetchall(), plan, part, done)
     return dead
 
 
-def _left_out(found: Sequence[tuple[int, bool, int | None, bool]], messages: Mapping[int, _Row], done: Persisted) -> list[_Dead]:
+def _left_out(found: Sequence[tuple[int, bool, int | None, bool]], plan: _Plan, part: Sequence[int], done: Persisted) -> list[_Dead]:
     dead = []
+    entries, at = plan.entries, {plan.entries.ids[position]: position for position in part}
     for number, same_id, key_id, same_request in found:
-        raw, entry = messages[number]
+        position = at[number]
+        raw, shard = plan.raw[position], _shard(number)
         if same_id:
-            dead.append(_Dead(_shard(entry), raw, "id_conflict"))
+            dead.append(_Dead(shard, raw, "id_conflict"))
         elif key_id is not None and not same_request:
-            dead.append(_Dead(_shard(entry), raw, "key_conflict"))
+            dead.append(_Dead(shard, raw, "key_conflict"))
         elif key_id is None:
-            dead.append(_Dead(_shard(entry), raw, "not_inserted"))
-        done.withdrawn.append(Withdrawn(entry.conversation_id, entry.id, entry.key))
+            dead.append(_Dead(shard, raw, "not_inserted"))
+        done.withdrawn.append(Withdrawn(entries.conversation_ids[position], number, entries.keys[position]))
     return dead
 
 
@@ -340,7 +361,7 @@ def _update_conversations(cursor: Cursor, changes: dict[int, _Change]) -> None:
     if not changes:
         return
     rows = [(number, change.activity, change.title, change.given_title) for number, change in sorted(changes.items())]
-    cursor.execute(_UPDATE, _columns(rows))
+    cursor.execute(_UPDATE, [_array(column) for column in zip(*rows, strict=True)])
 
 
 def _delete_conversations(cursor: Cursor, deletions: dict[int, datetime]) -> None:
@@ -380,18 +401,16 @@ def unreadable(entry: str) -> dict[bytes, bytes]:
     return {name.encode("latin-1"): value.encode(errors="surrogateescape") for name, value in fields.items()}
 
 
-def _columns(rows: Sequence[Sequence[int | str | None]]) -> list[str]:
-    """Columns for `unnest`, each as the text of an array. psycopg2's lists took this process several times as long for 400 messages, and
-    Postgres, which reads each element as an expression of its own, a fifth longer."""
-    return [_array(column) for column in zip(*rows, strict=True)]
-
-
 def _array(column: Sequence[Any]) -> str:
-    """Texts are quoted all at once, with a NUL between any two: none holds one (`decode_entry`), and Postgres would not take it."""
+    """A column for `unnest`, as the text of an array. psycopg2's lists took this process several times as long for 400 messages, and
+    Postgres, which reads each element as an expression of its own, a fifth longer.
+
+    Texts are quoted all at once, with a NUL between any two: none holds one (`decode_entries`), and Postgres would not take it.
+    """
     if None in column:
         return "{" + ",".join(["NULL" if value is None else _array((value,))[1:-1] for value in column]) + "}"
     if isinstance(column[0], int):
-        return "{" + ",".join(map(str, column)) + "}"
+        return "{" + orjson.dumps(column).decode()[1:-1] + "}"
     texts = "\0".join(column)
     if texts.count("\0") != len(column) - 1:
         raise ValueError("a text holds a NUL")

@@ -484,11 +484,7 @@ class _SyncClient:
         raise AssertionError("every script is known by its hash")
 
     def execute_command(self, *command: Any) -> Any:
-        def run() -> Any:
-            answer = self._world.redis.execute(*command)
-            return _as_redis_py(answer) if command[0] == "XRANGE" else answer
-
-        return self._step(command[0], run)
+        return self._step(command[0], lambda: self._world.redis.execute(*command))
 
     def pipeline(self, *, transaction: bool) -> Any:
         return _SyncPipeline(self)
@@ -535,9 +531,6 @@ def _scripts_by_sha() -> dict[str, tuple[str, str]]:
     names = [path.stem for path in folder.glob("*.lua") if path.stem != "common"]
     return {scripts.script(name).sha: (name, scripts.script(name).source) for name in names}
 
-
-def _as_redis_py(answer: list[Any]) -> list[Any]:
-    return [(entry_id, dict(zip(fields[::2], fields[1::2], strict=True))) for entry_id, fields in answer]
 
 
 class _Threads:

@@ -13,6 +13,7 @@ import pytest
 from api.history import list_conversations, read_conversation
 from tests import core
 from worker import backlog, flush, keys, loading, pending
+from worker.codec import ENTRY_OVERHEAD_BYTES
 from worker.database import dispose
 from worker.errors import (
     BacklogFull,
@@ -603,7 +604,7 @@ class TestBacklog:
     async def test_what_is_over_the_limit_is_refused_and_nothing_else(
         self, settings, redis, log, user, shard, conversation, monkeypatch
     ) -> None:
-        size = len(core.message_entry(user, conversation, "x" * 1000, "assistant")) + backlog.ENTRY_OVERHEAD_BYTES
+        size = len(core.message_entry(user, conversation, "x" * 1000, "assistant")) + ENTRY_OVERHEAD_BYTES
         held = int(redis.get(keys.backlog_bytes(shard)))
         monkeypatch.setattr(log._backlog, "_settings_max", held + 3 * size)
         await log._backlog.look()

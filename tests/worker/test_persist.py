@@ -257,7 +257,7 @@ class TestPoison:
 
     async def test_nul_that_was_overlooked_mixes_up_no_messages(self, settings, redis, log, user, shard, conversation, monkeypatch) -> None:
         """Texts are quoted all at once, with NULs between them."""
-        monkeypatch.setattr("worker.codec._fits", lambda *_: True)
+        monkeypatch.setattr("worker.codec._fit", lambda *_: True)
         await log.append(user, conversation, "user", "before")
         last = int(redis.xrevrange(keys.log(shard), count=1)[0][0].split(b"-")[0])
         core.plant(redis, shard, f"{last + 64}-0", b=core.message_entry(user, conversation, "a\x00b"))
