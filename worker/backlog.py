@@ -150,12 +150,22 @@ class Trimmed:
 
 
 def trim(client: Redis, trims: Sequence[Trim], *, ttl_seconds: int, messages_kept: int) -> list[Trimmed]:
-    """Removes these committed entries, and lets what they touched expire. Safe to run again. One round trip, a script for each shard."""
-    answers = run_all(client, "trim", [_trim_call(one, ttl_seconds, messages_kept) for one in trims])
+    """Removes these committed entries, and lets what they touched expire. Safe to run again.
+
+    A script for each shard, all in one round trip; in a second one those whose entries have to be named one by one.
+    """
+
+    def run_trims(some: Sequence[Trim], *, one_by_one: bool) -> list[Any]:
+        return run_all(client, "trim", [_trim_call(one, ttl_seconds, messages_kept, one_by_one=one_by_one) for one in some])
+
+    answers = run_trims(trims, one_by_one=False)
+    if late := [i for i, answer in enumerate(answers) if answer[0] == b"EACH"]:
+        for i, answer in zip(late, run_trims([trims[i] for i in late], one_by_one=True), strict=True):
+            answers[i] = answer
     return [Trimmed(int(left), bool(asked)) for left, asked in answers]
 
 
-def _trim_call(trim: Trim, ttl_seconds: int, messages_kept: int) -> tuple[list[str], list[Argument]]:
+def _trim_call(trim: Trim, ttl_seconds: int, messages_kept: int, *, one_by_one: bool) -> tuple[list[str], list[Argument]]:
     shard, entries, conversations = trim.shard, trim.entries, trim.conversations
     position = {conversation: i + 1 for i, (conversation, _) in enumerate(conversations)}
     script_keys = [keys.log(shard), keys.committed(shard), keys.backlog_bytes(shard), keys.wake(shard), keys.users(shard)]
@@ -170,9 +180,9 @@ def _trim_call(trim: Trim, ttl_seconds: int, messages_kept: int) -> tuple[list[s
     sizes: defaultdict[bytes, int] = defaultdict(int)
     for entry in entries:
         sizes[entry.user or b""] += entry.size
+    named = [entry.id for entry in entries] if one_by_one else [entries[0].id, entries[-1].id]
     arguments: list[Argument] = [ttl_seconds, ttl_seconds + EXTRA_TTL_SECONDS, messages_kept, trim.committed]
-    arguments += [len(entries), len(sizes), len(conversations)]
-    arguments += [entry.id for entry in entries]
+    arguments += ["each" if one_by_one else "run", len(named), len(sizes), len(conversations), *named]
     arguments += [*sizes, *sizes.values()]
     arguments += [conversation_id for conversation_id, _ in conversations]
     for gone in trim.withdrawn:

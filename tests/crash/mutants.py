@@ -93,13 +93,12 @@ MUTANTS = (
         "trim-by-count",
         "R3: a trim removes as many entries as were committed, not those",
         (
+            Edit("worker/backlog.py", '"each" if one_by_one else "run"', "len(entries)"),
             Edit(
                 "worker/lua/trim.lua",
-                "if find(ARGV[at + 1]) and find(ARGV[at + entries]) then\n"
-                "  redis.call('XDEL', KEYS[1], unpack(ARGV, at + 1, at + entries))\n",
-                "if true then\n"
-                "  local oldest = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', entries)\n"
-                "  for _, one in ipairs(oldest) do redis.call('XDEL', KEYS[1], one[1]) end\n",
+                "if ARGV[5] == 'run' then\n",
+                "if true then\n  redis.call('XTRIM', KEYS[1], 'MAXLEN', '=', math.max(0, redis.call('XLEN', KEYS[1]) - ARGV[5]))\n"
+                "elseif ARGV[5] == 'run' then\n",
             ),
         ),
     ),
