@@ -19,6 +19,7 @@ from typing import Any
 
 import orjson
 import psycopg2
+import psycopg2.errors
 from psycopg2.extensions import cursor as Cursor
 from psycopg2.extras import execute_values
 
@@ -35,8 +36,9 @@ INSERT INTO message (id, conversation_id, user_id, role, content, status, idempo
 SELECT id, conversation_id, user_id, role, content, status, NULLIF(idempotency_key, ''),
        timestamptz 'epoch' + microseconds * interval '1 microsecond'
 FROM {_MESSAGES}
-ON CONFLICT DO NOTHING
 """
+_LEAVE_OUT = "ON CONFLICT DO NOTHING"
+"""What is there. Only where a batch comes again: to look before it inserts took Postgres 1.5 of 13.6 µs a row."""
 _LEFT_OUT = f"""
 SELECT s.id, m.id IS NOT NULL, k.id, (k.role, k.status, k.content) IS NOT DISTINCT FROM (s.role, s.status, s.content)
 FROM {_MESSAGES}
@@ -261,16 +263,19 @@ def _shard(entry_id: int) -> int:
     return keys.shard_of_id(entry_id)
 
 
-def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
+def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted, *, is_new: bool = True) -> list[_Dead]:
+    """`is_new`: Postgres has none of it, as far as is known."""
     raw, entries = plan.raw, plan.entries
     if not raw:
         return []
     cursor.execute("SAVEPOINT part")
     try:
         part = Persisted()
-        dead = _apply(cursor, plan, part)
+        dead = _apply(cursor, plan, part, is_new=is_new)
     except (psycopg2.DataError, psycopg2.IntegrityError, OverflowError, ValueError) as exc:  # the last two: psycopg2 cannot write the value
         cursor.execute("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part")
+        if is_new and isinstance(exc, psycopg2.errors.UniqueViolation):
+            return _apply_or_halve(cursor, plan, done, is_new=False)
         if len(raw) == 1:
             number, user_id = entries.conversation_ids[0], entries.user_ids[0]
             before = done.conversations.get(number)
@@ -279,13 +284,13 @@ def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]
             return [_Dead(_shard(entries.ids[0]), raw[0], "refused", error)]
         middle = len(raw) // 2
         first, second = plan.part(range(middle)), plan.part(range(middle, len(raw)))
-        return _apply_or_halve(cursor, first, done) + _apply_or_halve(cursor, second, done)
+        return _apply_or_halve(cursor, first, done, is_new=is_new) + _apply_or_halve(cursor, second, done, is_new=is_new)
     cursor.execute("RELEASE SAVEPOINT part")
     done.add(part)
     return dead
 
 
-def _apply(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
+def _apply(cursor: Cursor, plan: _Plan, done: Persisted, *, is_new: bool) -> list[_Dead]:
     """Conversations before messages; of a conversation that is deleted, nothing comes back."""
     _insert_conversations(cursor, plan.created)
     crashpoints.visit("flush:half_written")
@@ -309,7 +314,7 @@ def _apply(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
             elif number not in gone:
                 kept.append(position)
         plan = plan.part(kept)
-    dead += _insert_messages(cursor, plan, done)
+    dead += _insert_messages(cursor, plan, done, is_new=is_new)
     _update_conversations(cursor, plan.changes)
     _delete_conversations(cursor, plan.deletions)
     return dead
@@ -329,10 +334,10 @@ def _insert_conversations(cursor: Cursor, created: Sequence[Entry]) -> None:
         execute_values(cursor, statement.format("(id)"), [(*row[:5], None, None) for row in rows], page_size=len(rows))
 
 
-def _insert_messages(cursor: Cursor, plan: _Plan, done: Persisted) -> list[_Dead]:
+def _insert_messages(cursor: Cursor, plan: _Plan, done: Persisted, *, is_new: bool) -> list[_Dead]:
     dead = []
     for part, columns in plan.insertions:
-        cursor.execute(_INSERT, columns)
+        cursor.execute(_INSERT if is_new else _INSERT + _LEAVE_OUT, columns)
         done.messages += cursor.rowcount
         if cursor.rowcount < len(part):
             cursor.execute(_LEFT_OUT, columns)

@@ -118,7 +118,7 @@ MUTANTS = (
     Mutant(
         "insert-not-repeatable",
         "R5: a batch that is written again is refused",
-        (Edit("worker/persist.py", "FROM {_MESSAGES}\nON CONFLICT DO NOTHING\n", "FROM {_MESSAGES}\n"),),
+        (Edit("worker/persist.py", '"ON CONFLICT DO NOTHING"', '""'),),
     ),
     Mutant(
         "no-tombstone",
