@@ -178,6 +178,16 @@ def _set(redis: MemoryRedis, key: bytes, value: bytes, *options: bytes) -> str |
     return "OK"
 
 
+def _mget(redis: MemoryRedis, *keys: bytes) -> list[bytes | None]:
+    return [_get(redis, key) for key in keys]
+
+
+def _mset(redis: MemoryRedis, *pairs: bytes) -> str:
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        redis.put(key, value)
+    return "OK"
+
+
 def _del(redis: MemoryRedis, *keys: bytes) -> int:
     return sum(redis.remove(key) for key in keys)
 
@@ -379,7 +389,7 @@ _COMMANDS: dict[bytes, Callable[..., Any]] = {
     name.removeprefix("_").upper().encode(): function
     for name, function in list(globals().items())
     if name in {
-        *("_get", "_set", "_del", "_exists", "_incrby", "_decrby", "_expire", "_pexpire", "_persist", "_pttl", "_time"),
+        *("_get", "_mget", "_set", "_mset", "_del", "_exists", "_incrby", "_decrby", "_expire", "_pexpire", "_persist", "_pttl", "_time"),
         *("_hset", "_hsetnx", "_hexists", "_hget", "_hmget", "_hdel", "_hincrby", "_zadd", "_zrem", "_zrange"),
         *("_xadd", "_xrange", "_xrevrange", "_xdel", "_xtrim", "_xlen", "_xinfo"),
     }

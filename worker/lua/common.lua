@@ -24,19 +24,22 @@ local function held(lease, longest_ms)
   return left > 0 and left <= tonumber(longest_ms)
 end
 
--- Appends one entry; `...` are further fields. The XADD comes first: a script that is over `maxmemory` fails at its first growing write, before
--- anything changed.
+-- Appends one entry; `...` are further fields. It comes before any other write: a script that is over `maxmemory` fails at its first growing
+-- one, before anything changed. `count_entries` comes behind the last one of a call.
 -- False, and nothing written, if the log already holds a higher id (its clock is behind: seed it).
-local function append_entry(log, clock, bytes, users, user, id, tick, size, kind, microseconds, body, key, extra, ...)
+local function append_entry(log, id, user, kind, microseconds, body, key, extra, ...)
   local added = redis.pcall('XADD', log, int(id) .. '-0', 'k', kind, 'u', user, 't', int(microseconds), 'b', body, 'x', key, 'a', extra, ...)
   if type(added) == 'table' and added.err then
     if string.find(added.err, 'equal or smaller', 1, true) or string.find(added.err, 'last possible ID', 1, true) then return false end
     error(added.err)
   end
-  redis.call('SET', clock, tick)
-  redis.call('INCRBY', bytes, size)
-  redis.call('HINCRBY', users, user, size)
   return true
+end
+
+-- Notes what was appended: the clock as it stands now, and the bytes that are held, of which there were `held` before.
+local function count_entries(clock, bytes, users, user, tick, held, size)
+  redis.call('MSET', clock, tick, bytes, int(held + size))
+  redis.call('HINCRBY', users, user, size)
 end
 
 -- What an entry counts for in the backlog: its fields, and about what the stream and the shard's other keys add to it.
@@ -44,9 +47,10 @@ local function entry_size(body, key, extra)
   return #body + #key + #extra + OVERHEAD
 end
 
--- Whether there is room for an entry: 'FULL' for nobody, 'USER_FULL' not for this user, who holds a fair share already; nil if there is.
-local function no_room(bytes, users, user, size, limit, user_limit)
-  if tonumber(redis.call('GET', bytes) or '0') + size > tonumber(limit) then return 'FULL' end
+-- Whether there is room for an entry where `held` bytes are: 'FULL' for nobody, 'USER_FULL' not for this user, who holds a fair share
+-- already; nil if there is.
+local function no_room(held, users, user, size, limit, user_limit)
+  if held + size > tonumber(limit) then return 'FULL' end
   if tonumber(redis.call('HGET', users, user) or '0') + size > tonumber(user_limit) then return 'USER_FULL' end
 end
 
@@ -58,9 +62,9 @@ local function left_of(counter, window_ms)
   return left > 0 and left <= window_ms and left or nil
 end
 
--- How long he has to wait (ms); nil if he need not.
-local function has_to_wait(counter, most, window_ms)
-  if most == '0' or tonumber(redis.call('GET', counter) or '0') < tonumber(most) then return nil end
+-- How long he has to wait (ms) who did it `times` times; nil if he need not.
+local function has_to_wait(counter, times, most, window_ms)
+  if most == '0' or tonumber(times or '0') < tonumber(most) then return nil end
   return left_of(counter, window_ms)
 end
 

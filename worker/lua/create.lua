@@ -23,18 +23,20 @@ if key ~= '' then
   if not used[2] and used[3] ~= ARGV[10] then return {'ASK_KEY'} end
 end
 
-local wait = has_to_wait(KEYS[11], ARGV[13], DAY_MS)
+local counted = redis.call('MGET', KEYS[2], KEYS[3], KEYS[11])
+local wait = has_to_wait(KEYS[11], counted[3], ARGV[13], DAY_MS)
 if wait then return {'TOO_MANY', wait} end
-local last_tick = redis.call('GET', KEYS[2])
+local last_tick, held_bytes = counted[1], tonumber(counted[2] or '0')
 if not last_tick then return {'NEED_SEED'} end
 if tonumber(ARGV[3]) >= (last_tick + 1) * SLOTS then return {'TAKEN'} end
 local size = entry_size(ARGV[4], key, ARGV[6])
-local full = no_room(KEYS[3], KEYS[9], ARGV[2], size, ARGV[8], ARGV[11])
+local full = no_room(held_bytes, KEYS[9], ARGV[2], size, ARGV[8], ARGV[11])
 if full then return {full} end
 
 local now = server_microseconds()
 local entry, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
-if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[9], ARGV[2], entry, tick, size, 'c', now, ARGV[4], key, ARGV[6]) then return {'NEED_SEED'} end
+if not append_entry(KEYS[1], entry, ARGV[2], 'c', now, ARGV[4], key, ARGV[6]) then return {'NEED_SEED'} end
+count_entries(KEYS[2], KEYS[3], KEYS[9], ARGV[2], tick, held_bytes, size)
 now = int(now)
 count(KEYS[11], ARGV[13], DAY_MS, 1)
 redis.call('HSET', KEYS[5], 'u', ARGV[2], 't', ARGV[7], 's', now, 'a', now, 'm', '0', 'l', int(entry), 'w', '1', 'k', '1', 'r', ARGV[12])

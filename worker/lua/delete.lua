@@ -5,12 +5,14 @@
 local known = redis.call('HMGET', KEYS[5], 'u', 'd')
 if known[1] ~= ARGV[2] then return {'UNKNOWN'} end  -- also somebody else's: nobody may learn which ids there are, not even while Postgres is away
 if known[2] == '1' then return {'NOT_FOUND'} end
-local last_tick = redis.call('GET', KEYS[2])
+local counted = redis.call('MGET', KEYS[2], KEYS[3])
+local last_tick, held_bytes = counted[1], tonumber(counted[2] or '0')
 if not last_tick then return {'NEED_SEED'} end
 
 local now = server_microseconds()
 local entry, tick = next_id(tonumber(last_tick), tonumber(ARGV[1]), now)
-if not append_entry(KEYS[1], KEYS[2], KEYS[3], KEYS[11], ARGV[2], entry, tick, entry_size(ARGV[4], '', ''), 'd', now, ARGV[4], '', '') then return {'NEED_SEED'} end
+if not append_entry(KEYS[1], entry, ARGV[2], 'd', now, ARGV[4], '', '') then return {'NEED_SEED'} end
+count_entries(KEYS[2], KEYS[3], KEYS[11], ARGV[2], tick, held_bytes, entry_size(ARGV[4], '', ''))
 redis.call('HSET', KEYS[5], 'd', '1', 't', '', 'l', int(entry))
 redis.call('PERSIST', KEYS[5])
 redis.call('DEL', KEYS[6], KEYS[7], KEYS[9])
