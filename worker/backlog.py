@@ -24,7 +24,7 @@ from worker.scripts import Argument, run, run_all, translate
 
 T = TypeVar("T")
 
-_FETCH_PAGE_FIRST = 50
+_FETCH_PAGE_FIRST = 100
 """Entries of each shard that are read at first: more than most flushes find."""
 _PART_FIRST, _PART_GROWTH, _PART = 500, 3, 3000
 """Entries of a part of a batch. Each is three times as large as the one before, because Postgres takes almost three times as long to write

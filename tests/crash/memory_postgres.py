@@ -380,10 +380,9 @@ def _note_shard(one: Transaction, words: str, values: Sequence[int]) -> None:
         one.put("shard", row | {"last_id": max(row["last_id"], last_id)})
 
 
-def _update_all(one: Transaction, words: str, parameters: Sequence[str]) -> None:
+def _update_all(one: Transaction, words: str, parameters: Sequence[str]) -> list[tuple[Any, ...]]:
     names, change = _update(words)
-    for values in _rows(parameters):
-        change(one, dict(zip(names, values, strict=True)))
+    return [()] * sum(change(one, dict(zip(names, values, strict=True))) for values in _rows(parameters))
 
 
 _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, ...]] | None]], ...] = (

@@ -532,7 +532,6 @@ def _scripts_by_sha() -> dict[str, tuple[str, str]]:
     return {scripts.script(name).sha: (name, scripts.script(name).source) for name in names}
 
 
-
 class _Threads:
     """In the place of `DatabaseThreads`."""
 

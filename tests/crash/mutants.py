@@ -148,8 +148,8 @@ MUTANTS = (
             Edit("worker/persist.py", "    _insert_conversations(cursor, plan.created)\n", ""),
             Edit(
                 "worker/persist.py",
-                "    _update_conversations(cursor, plan.changes)\n    _delete",
-                "    _insert_conversations(cursor, plan.created)\n    _update_conversations(cursor, plan.changes)\n    _delete",
+                "    _delete_conversations(cursor, plan",
+                "    _insert_conversations(cursor, plan.created)\n    _delete_conversations(cursor, plan",
             ),
         ),
     ),
@@ -188,7 +188,7 @@ MUTANTS = (
     Mutant(
         "batch-split",
         "a commit comes between messages that were sent together",
-        (Edit("worker/backlog.py", "        if entry.followers:\n", "        if False:\n"),),
+        (Edit("worker/backlog.py", "if followers := _followers(entry):", "if followers := 0:"),),
     ),
     Mutant(
         "batch-half",
@@ -232,8 +232,8 @@ MUTANTS = (
         (
             Edit(
                 "worker/lua/common.lua",
-                "  redis.call('SET', clock, tick)\n  redis.call('INCRBY', bytes, size)\n",
-                "  redis.call('PEXPIRE', log, 4000)\n  redis.call('SET', clock, tick)\n  redis.call('INCRBY', bytes, size)\n",
+                "    error(added.err)\n  end\n  return true\n",
+                "    error(added.err)\n  end\n  redis.call('PEXPIRE', log, 4000)\n  return true\n",
             ),
         ),
     ),

@@ -296,6 +296,35 @@ class TestPoison:
         assert core.contents(conversation) == ["mine"] == await core.shown(log, user, conversation)
         core.assert_clean(redis, settings)
 
+    @pytest.mark.parametrize("alone", [True, False])
+    async def test_into_another_users_conversation_changes_nothing_of_it(
+        self, settings, redis, log, user, shard, conversation, alone
+    ) -> None:
+        """Neither its activity nor its title, whether or not its owner writes at the same time."""
+        flush_shard(redis, settings, shard)
+        stranger = core.make_user()
+        last = int(redis.get(keys.committed(shard)))
+        core.plant(redis, shard, f"{last + 64}-0", b=core.message_entry(stranger, conversation), t=1_900_000_000_000_000, a="forged")
+        if not alone:
+            await log.append(user, conversation, "assistant", "mine")
+        flush_shard(redis, settings, shard)
+        assert core.dead_letters() == ["no_conversation"]
+        assert core.contents(conversation) == ([] if alone else ["mine"])
+        assert core.ask("SELECT title, updated_at < '2030-01-01' FROM conversation") == [(None, True)]
+
+    async def test_does_not_run_over_into_its_neighbours(self, settings, redis, log, user, shard, conversation) -> None:
+        """What would be one value of JSON, were they read together: with a message of somebody else's inside."""
+        last = int(redis.get(keys.clock(shard))) * 64 + shard
+        planted = [f"{last + 64}-0", f"{last + 128 + 64 * 1_000_000}-0"]
+        forged = core.message_entry(user, conversation)
+        core.plant(redis, shard, planted[0], b=forged[:-1] + b',"x":[1')
+        redis.set(keys.clock(shard), last // 64 + 1)
+        await log.append(user, conversation, "user", "mine")
+        core.plant(redis, shard, planted[1], b=b"2]}," + forged + b"," + forged)
+        assert flush_shard(redis, settings, shard).messages == 1
+        assert core.dead_letters() == ["malformed"] * 2
+        assert core.contents(conversation) == ["mine"]
+
     async def test_that_belongs_into_another_shards_log_is_refused(self, settings, redis, log, user, shard, conversation) -> None:
         """It would be written without the lock that orders what is written there."""
         neighbour = core.make_user()
