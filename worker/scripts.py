@@ -184,11 +184,11 @@ class AsyncScripts:
     async def _answer(self, name: str, call: _Call | _Transaction, until: float = math.inf) -> Any:
         crashpoints.visit("before:" + name)
         loop = asyncio.get_running_loop()
-        if not self._unsent:
-            loop.call_soon(self._send)
         self._unsent.append(call)
-        if len(self._unsent) == SEND_AT:
+        if not self._sent or len(self._unsent) >= SEND_AT:  # while Redis has nothing to do, there is no company worth waiting for
             self._send()
+        elif len(self._unsent) == 1:
+            loop.call_soon(self._send)
         last = loop.time() + self._timeout_seconds
         # One timer for both: with `asyncio.timeout`, which has to watch the task, each takes 6 µs instead of 2.
         timer = loop.call_at(last, self._lost, call) if last <= until else loop.call_at(until, _settle, call.answer, TooSlow())
