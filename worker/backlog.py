@@ -24,11 +24,13 @@ from worker.scripts import Argument, run, run_all, translate
 
 T = TypeVar("T")
 
-_FETCH_PAGE_FIRST = 100
+_FETCH_PAGE_FIRST = 50
 """Entries of each shard that are read at first: more than most flushes find."""
 _PART_FIRST, _PART_GROWTH, _PART = 500, 3, 3000
 """Entries of a part of a batch. Each is three times as large as the one before, because Postgres takes almost three times as long to write
 one as it takes to fetch and decode it. With 1,000 at most, what a part costs Postgres beside its rows was 6 of 21 µs a row."""
+_ONE_PART = 1200
+"""Entries that are one part, if there are no more: in two, many of their conversations would be changed twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +42,8 @@ class Withdrawn:
     key: str
 
 
-def clear_wakes(client: Redis, shards: Sequence[int]) -> list[int]:
-    """Clears wake flags, and answers which of these shards hold entries.
+def clear_wakes(client: Redis, shards: Sequence[int]) -> dict[int, int]:
+    """Clears wake flags, and answers which of these shards hold entries, and how many.
 
     What is appended from now on asks for another flush. Before the locks are tried: whoever holds one looks at this after its commit.
     """
@@ -54,22 +56,23 @@ def clear_wakes(client: Redis, shards: Sequence[int]) -> list[int]:
         return list(pipeline.execute())
 
     _, *lengths = _call(ask)
-    return [shard for shard, length in zip(shards, lengths, strict=True) if length]
+    return {shard: int(length) for shard, length in zip(shards, lengths, strict=True) if length}
 
 
 def fetch(
-    client: Redis, shards: Sequence[int], entries_max: int, bytes_max: int, after: Mapping[int, bytes]
+    client: Redis, shards: Sequence[int], entries_max: int, bytes_max: int, after: Mapping[int, bytes], expected: int = 1 << 32
 ) -> Iterator[dict[int, list[RawEntry]]]:
     """The oldest entries of these shards (beyond those in `after`), each in its order, in parts: page by page in turn, so that a long log
     keeps no other out.
 
     At least one entry of each shard, if there is any, and no shard without one. Over `entries_max` goes only what was appended together
-    with the last one of a shard: nobody is to read half of it. Call it only while holding the shards' locks.
+    with the last one of a shard: nobody is to read half of it. About as many as `expected` are there. Call it only while holding the
+    shards' locks.
     """
     going = {shard: _beyond(after[shard]) if shard in after else "-" for shard in shards}
     total, size, count = 0, 0, max(1, min(_FETCH_PAGE_FIRST, entries_max // len(shards)))
     part: dict[int, list[RawEntry]] = {}
-    held, part_size = 0, _PART_FIRST
+    held, part_size = 0, _PART if expected <= _ONE_PART else _PART_FIRST
     ends: dict[int, RawEntry] = {}
     while going:
         full: dict[int, str] = {}

@@ -199,8 +199,9 @@ def raw_entries(page: Sequence[tuple[bytes, Sequence[bytes]]]) -> list[RawEntry]
     if not page:
         return []
     ids, given = zip(*page, strict=True)
-    columns = list(zip(*given, strict=False))  # as many as the shortest has: some have one more
-    if [set(names) for names in columns[: 2 * len(_FIELDS) : 2]] != [{name} for name in _FIELDS]:
+    columns = list(zip(*given, strict=False))  # as many as the shortest has
+    others = {name for parts in given for name in parts[2 * len(_FIELDS) :: 2]}
+    if [set(names) for names in columns[: 2 * len(_FIELDS) : 2]] != [{name} for name in _FIELDS] or not others <= {b"n"}:
         return [RawEntry.of(entry_id, dict(zip(parts[::2], parts[1::2], strict=True))) for entry_id, parts in page]
     _, _, _, bodies, keys_, extras = values = columns[1 : 2 * len(_FIELDS) : 2]
     sizes = [len(body) + len(key) + len(extra) + ENTRY_OVERHEAD_BYTES for body, key, extra in zip(bodies, keys_, extras, strict=True)]

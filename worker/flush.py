@@ -128,7 +128,7 @@ def _commit(
     waiting = backlog.clear_wakes(client, report.more)
     if not waiting:  # so that an idle Postgres is left asleep
         return None, []
-    now, later = waiting[:entries_max], waiting[entries_max:]
+    now, later = list(waiting)[:entries_max], list(waiting)[entries_max:]
     with transaction(seconds=settings.flush_timeout_seconds, wake_seconds=WAKE_SECONDS, role="worker") as db, raw_cursor(db) as cursor:
         crashpoints.visit("flush:begun")
         locked = try_lock(cursor, now)
@@ -136,7 +136,9 @@ def _commit(
         if not locked:
             return None, later
         crashpoints.visit("flush:locked")
-        entries, persisted = _write(cursor, settings, backlog.fetch(client, locked, entries_max, BATCH_BYTES_MAX >> halvings, after))
+        expected = sum(waiting[shard] for shard in locked)
+        parts = backlog.fetch(client, list(locked), entries_max, BATCH_BYTES_MAX >> halvings, after, expected)
+        entries, persisted = _write(cursor, settings, parts, locked)
         if not entries:
             return None, later
         crashpoints.visit("flush:before_commit")
@@ -169,8 +171,11 @@ def _trim(client: Redis, settings: Settings, batch: _Batch, report: Report) -> l
     ]
 
 
-def _write(cursor: Cursor, settings: Settings, parts: Iterator[_Entries]) -> tuple[_Entries, Persisted]:
-    """Writes what is fetched, part by part; while Postgres takes in a large one, the next is fetched and decoded."""
+def _write(cursor: Cursor, settings: Settings, parts: Iterator[_Entries], committed: Mapping[int, int]) -> tuple[_Entries, Persisted]:
+    """Writes what is fetched, part by part; while Postgres takes in a large one, the next is fetched and decoded.
+
+    `committed`: the highest id of each shard that was committed before.
+    """
     batches: _Entries = {}
     persisted = Persisted()
     writing: Future[Persisted] | None = None
@@ -184,9 +189,9 @@ def _write(cursor: Cursor, settings: Settings, parts: Iterator[_Entries]) -> tup
                 persisted.add(writing.result())
                 writing = None
             if sum(map(len, part.values())) < BESIDE_ENTRIES:
-                persisted.add(persist_batch(cursor, settings.shards, decoded))
+                persisted.add(persist_batch(cursor, settings.shards, decoded, committed))
             else:
-                writing = beside.submit(persist_batch, cursor, settings.shards, decoded)
+                writing = beside.submit(persist_batch, cursor, settings.shards, decoded, committed)
         if writing is not None:
             persisted.add(writing.result())
     return batches, persisted

@@ -222,7 +222,7 @@ class Cursor:
             self._rows = _run(self._transaction, words, parameters)
             self.rowcount = len(self._rows)
 
-        if words.startswith(("SELECT pg_", "SELECT n FROM unnest", "INSERT INTO message")):
+        if words.startswith(("SELECT pg_", "SELECT n, ", "INSERT INTO message")):
             self._transaction.server.step("sql " + words[:20], run, PostgresUnavailable)
         else:
             run()
@@ -273,7 +273,8 @@ def _unwrapped(part: str) -> str:
 
 def _try_lock(one: Transaction, _: str, parameters: tuple[Sequence[int], int]) -> list[tuple[Any, ...]]:
     shards, lock_class = parameters
-    return [(shard,) for shard in shards if one.lock((lock_class, shard))]
+    last_ids = {row["number"]: row["last_id"] for row in one.rows("shard")}
+    return [(shard, last_ids.get(shard, 0)) for shard in shards if one.lock((lock_class, shard))]
 
 
 def _lock(one: Transaction, _: str, parameters: Mapping[str, int]) -> list[tuple[Any, ...]]:
@@ -386,7 +387,7 @@ def _update_all(one: Transaction, words: str, parameters: Sequence[str]) -> list
 
 
 _STATEMENTS: tuple[tuple[str, Callable[[Transaction, str, Any], list[tuple[Any, ...]] | None]], ...] = (
-    ("SELECT n FROM unnest(%s::int[]) AS n WHERE pg_try_advisory_xact_lock(", _try_lock),
+    ("SELECT n, COALESCE((SELECT last_id FROM shard WHERE number = n), 0) FROM unnest(%s::int[]) AS n WHERE pg_try_", _try_lock),
     ("SELECT pg_advisory_xact_lock(", _lock),
     ("SAVEPOINT part", _savepoint),
     ("ROLLBACK TO SAVEPOINT part; RELEASE SAVEPOINT part", _savepoint),

@@ -107,7 +107,7 @@ MUTANTS = (
         "R4: a batch is read before the shard's lock is held, and titles are written again: each is harmless without the other",
         (
             Edit("worker/persist.py", "elif entry.id > self.committed.get(_shard(entry.id), 0):", "else:"),
-            Edit("worker/flush.py", "_write(cursor, settings, backlog.fetch(", "_write(cursor, settings, iter(early) or backlog.fetch("),
+            Edit("worker/flush.py", "        parts = backlog.fetch(", "        parts = iter(early) or backlog.fetch("),
             Edit(
                 "worker/flush.py",
                 "    with transaction(",

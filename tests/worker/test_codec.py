@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from worker.codec import (
     CachedMessages,
     CommittedMessages,
+    RawEntry,
     Stored,
     auto_title,
     conversation_body,
     decode_entry,
     message_body,
     public,
+    raw_entries,
     request_hash,
     rfc3339,
     to_datetime,
@@ -106,6 +108,14 @@ class TestDecode:
     def test_nor_of_any_json(self, anything: object) -> None:
         with pytest.raises(BadEntry):
             decode_entry(b"%d-0" % ID, fields(body=json.dumps(anything).encode()))
+
+    @pytest.mark.parametrize("others", [[], [[b"k", b"m"]]])
+    def test_a_field_that_comes_twice_is_read_alike_whoever_stands_beside_it(self, others: list[list[bytes]]) -> None:
+        """The last one counts, as in a dictionary."""
+        parts = [b"k", b"m", b"u", b"7", b"t", b"1", b"b", b"first", b"x", b"", b"a", b""]
+        first, *_ = raw_entries([(b"1-0", [*parts, b"b", b"second!"]), *((b"2-0", one) for one in others)])
+        assert (first.body, first.fields[b"b"]) == (b"second!", b"second!")
+        assert first == RawEntry.of(b"1-0", first.fields)._replace(given=first.given)
 
     @pytest.mark.parametrize("entry_id", [b"179434769364481-1", b"0-1", b"179434769364482-0", b"%d-0" % (1 << 53), b"x", b""])
     def test_an_id_that_no_append_gives(self, entry_id: bytes) -> None:

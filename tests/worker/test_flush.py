@@ -198,6 +198,7 @@ class TestBatches:
         monkeypatch.setattr(backlog, "_FETCH_PAGE_FIRST", 2)
         monkeypatch.setattr(backlog, "_PART_FIRST", 2)
         monkeypatch.setattr(backlog, "_PART", 3)
+        monkeypatch.setattr(backlog, "_ONE_PART", 0)
         ids = [redis.xadd(keys.log(shard), {"b": "x" * 10 * i}, id=f"{i}-{i % 2}") for i in range(1, 9)]
         assert [entry.id for entry in core.fetched(redis, shard, entries_max)] == ids[:entries_max]
 
@@ -231,6 +232,7 @@ class TestBeside:
         monkeypatch.setattr(backlog, "_FETCH_PAGE_FIRST", 2)
         monkeypatch.setattr(backlog, "_PART_FIRST", 2)
         monkeypatch.setattr(backlog, "_PART", 3)
+        monkeypatch.setattr(backlog, "_ONE_PART", 0)
 
     @pytest.fixture
     def threads(self, monkeypatch) -> list[str]:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests import core
 from worker import backlog, keys
 from worker.codec import auto_title, conversation_body, decode_entry, message_body, request_hash
+from worker.errors import RedisUnavailable
 from worker.flush import flush_shard
 from worker.pending import client_key, reply_key
 from worker.persist import decode_batch, persist_batch, readable, try_lock, unreadable
@@ -56,6 +57,28 @@ class TestReplay:
         assert seen[0] == seen[1] == seen[2]
         assert len(seen[0][1]) == 2
         flush_shard(redis, settings, shard)
+        core.assert_clean(redis, settings)
+
+    async def test_a_batch_that_comes_again_is_no_error_in_the_log_of_postgres(
+        self, settings, redis, log, user, shard, conversation, postgres, monkeypatch
+    ) -> None:
+        """Which would show the statement, and the messages in it, unless somebody has told Postgres not to."""
+        said = [str(i) for i in range(5)]
+        for content in said:
+            await log.append(user, conversation, "user", content, key=client_key(content))
+
+        def away(*_, **__):
+            raise RedisUnavailable()
+
+        errors = postgres.log.read_text().count("ERROR")
+        with monkeypatch.context() as patched:
+            patched.setattr(backlog, "trim", away)
+            with pytest.raises(RedisUnavailable):
+                flush_shard(redis, settings, shard)
+        await log.append(user, conversation, "user", "after")
+        assert flush_shard(redis, settings, shard).messages == 1
+        assert core.contents(conversation) == [*said, "after"]
+        assert postgres.log.read_text().count("ERROR") == errors
         core.assert_clean(redis, settings)
 
     async def test_a_replayed_beginning_of_the_log_does_not_bring_an_old_title_back(

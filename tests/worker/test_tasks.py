@@ -131,10 +131,10 @@ class TestFlush:
 
         persist = flush.persist_batch
 
-        def slow(cursor, shards, batch):
-            if len(batch.plan.rows) > 3:
+        def slow(cursor, shards, batch, *more):
+            if len(batch.plan.raw) > 3:
                 raise PostgresUnavailable()
-            return persist(cursor, shards, batch)
+            return persist(cursor, shards, batch, *more)
 
         monkeypatch.setattr(flush, "persist_batch", slow)
         monkeypatch.setattr(settings, "flush_batch_max", 16)
