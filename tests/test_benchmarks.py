@@ -37,6 +37,7 @@ from worker.database import dispose
 from worker.flush import flush_shard, flush_shards
 from worker.pending import Draft, PendingLog
 from worker.redis import connect, connect_sync
+from worker.scripts import SEND_AT
 from worker.settings import Settings, get_settings
 
 MEMORY_BYTES_MAX = 900
@@ -100,11 +101,12 @@ class TestAccept:
             assert counted.postgres.flights == 0
 
     @pytest.mark.anyio
-    async def test_appends_that_arrive_together_share_a_round_trip(self, counted: Counted) -> None:
+    async def test_appends_that_arrive_together_share_round_trips(self, counted: Counted) -> None:
+        """The first leaves alone, those behind it by eights (`test_scripts.py` counts the writes); answers may come between."""
         async with writing(counted) as (log, user, conversation):
             counted.reset()
             await asyncio.gather(*(log.append(user, conversation, "user", sentence(i)) for i in range(16)))
-            assert counted.redis.flights == 1
+            assert counted.redis.flights <= 1 + math.ceil(15 / SEND_AT)
 
     @pytest.mark.anyio
     async def test_an_append_leaves_nothing_allocated_in_the_process(self, counted: Counted) -> None:
