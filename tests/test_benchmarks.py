@@ -178,7 +178,7 @@ class TestFlush:
         statements = {}
         async with writing(counted) as (log, user, conversation):
             with connect_sync(counted.settings) as client:
-                for count in (3, 3, 10, 600, 2200):  # the first one opens the connection
+                for count in (3, 3, 10, 600, 2200, 4500):  # the first one opens the connection
                     await append_many(log, user, conversation, count)
                     counted.reset()
                     assert _flush(client, counted.settings, user).messages >= count
@@ -186,6 +186,7 @@ class TestFlush:
         assert statements[3] == statements[10] <= FLUSH_STATEMENTS_MAX
         assert statements[600] <= 2 * FLUSH_STATEMENTS_MAX
         assert 0 < statements[2200] - statements[600] <= FLUSH_STATEMENTS_MAX
+        assert statements[4500] == statements[2200], "as many parts"
 
     @pytest.mark.anyio
     async def test_number_of_statements_does_not_depend_on_the_shards(self, counted: Counted) -> None:

@@ -156,7 +156,7 @@ class _Plan:
                 self.created.append(entry)
             elif kind == "d":
                 self.deletions[entry.conversation_id] = to_datetime(entry.microseconds)
-            elif entry.id > self.committed.get(_shard(entry.id), 0):
+            elif entry.id > self.committed.get(keys.shard_of_id(entry.id), 0):
                 self.changes[entry.conversation_id].title = entry.title
 
     def part(self, positions: Sequence[int]) -> _Plan:
@@ -275,11 +275,6 @@ def persist_batch(
     return done
 
 
-def _shard(entry_id: int) -> int:
-    """In whose log the entry lay: in that of its id, or it would not have come so far."""
-    return keys.shard_of_id(entry_id)
-
-
 def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted, *, is_new: bool) -> list[_Dead]:
     """`is_new`: Postgres has none of it, as far as is known."""
     raw, entries = plan.raw, plan.entries
@@ -298,7 +293,7 @@ def _apply_or_halve(cursor: Cursor, plan: _Plan, done: Persisted, *, is_new: boo
             before = done.conversations.get(number)
             done.conversations[number] = Touched(before.user_id if before else user_id, raw[0])
             error = f"{type(exc).__name__} {getattr(exc, 'pgcode', None) or ''}".strip()
-            return [_Dead(_shard(entries.ids[0]), raw[0], "refused", error)]
+            return [_Dead(keys.shard_of_id(entries.ids[0]), raw[0], "refused", error)]
         middle = len(raw) // 2
         first, second = plan.part(range(middle)), plan.part(range(middle, len(raw)))
         return _apply_or_halve(cursor, first, done, is_new=is_new) + _apply_or_halve(cursor, second, done, is_new=is_new)
@@ -354,7 +349,7 @@ def _without_strangers(cursor: Cursor, plan: _Plan, done: Persisted) -> tuple[_P
     kept, dead = [], []
     for position, (number, user_id) in enumerate(zip(plan.entries.conversation_ids, plan.entries.user_ids, strict=True)):
         if owners.get(number) != user_id:
-            dead.append(_Dead(_shard(plan.entries.ids[position]), plan.raw[position], "no_conversation"))
+            dead.append(_Dead(keys.shard_of_id(plan.entries.ids[position]), plan.raw[position], "no_conversation"))
         elif number not in gone:
             kept.append(position)
     return plan.part(kept), dead
@@ -390,7 +385,7 @@ def _left_out(found: Sequence[tuple[int, bool, int | None, bool]], plan: _Plan, 
     entries, at = plan.entries, {plan.entries.ids[position]: position for position in part}
     for number, same_id, key_id, same_request in found:
         position = at[number]
-        raw, shard = plan.raw[position], _shard(number)
+        raw, shard = plan.raw[position], keys.shard_of_id(number)
         if same_id:
             dead.append(_Dead(shard, raw, "id_conflict"))
         elif key_id is not None and not same_request:

@@ -106,7 +106,7 @@ MUTANTS = (
         "batch-before-lock",
         "R4: a batch is read before the shard's lock is held, and titles are written again: each is harmless without the other",
         (
-            Edit("worker/persist.py", "elif entry.id > self.committed.get(_shard(entry.id), 0):", "else:"),
+            Edit("worker/persist.py", "elif entry.id > self.committed.get(keys.shard_of_id(entry.id), 0):", "else:"),
             Edit("worker/flush.py", "        parts = backlog.fetch(", "        parts = iter(early) or backlog.fetch("),
             Edit(
                 "worker/flush.py",
