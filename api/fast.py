@@ -13,13 +13,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Awaitable
-from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.datastructures import State
 from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 from api import errors, metrics
 from api.conversations import BATCH_ROUTE, MESSAGES_ROUTE, add, add_all, list_page
@@ -78,57 +78,53 @@ async def _send(working: Awaitable[Response], state: State, method: str, route: 
     status = 0  # stays so if this is cancelled
     try:
         try:
-            response = await _done(working, state)
+            response = await working
         except Exception as exc:  # noqa: BLE001 - as in `errors.Unforeseen`
-            response = errors.unforeseen(exc, method)
+            response = _problem(exc, state, method)
         status = response.status_code
-        with _OneWrite(send):
+        if not _sent_at_once(response, send):
             await send({"type": "http.response.start", "status": status, "headers": [*response.raw_headers, *ON_API]})
             await send({"type": "http.response.body", "body": response.body})
     finally:
         metrics.observe(method, route, status, time.perf_counter() - started)
 
 
-class _OneWrite:
-    """Stands where uvicorn has the connection until the second write of an answer, so that head and body leave together.
-
-    By itself it writes them one after the other, and uvloop does so at once: two system calls here, and two wake-ups of the client.
-    Another server is left alone.
-    """
-
-    __slots__ = ("_answering", "_head", "_transport")
-
-    def __init__(self, send: Send) -> None:
-        self._answering: Any = getattr(send, "__self__", None)
-        self._transport: Any = getattr(self._answering, "transport", None)
-        self._head: bytes | None = None
-
-    def __enter__(self) -> None:
-        if self._transport is not None:
-            self._answering.transport = self
-
-    def __exit__(self, *_: object) -> None:
-        if self._transport is not None and self._answering.transport is self:
-            self._give_back(b"")
-
-    def write(self, data: bytes) -> None:
-        """As the transport's. With the body the server goes on to what comes next on this connection: it has to be on its way before."""
-        if self._head is None:
-            self._head = data
-        else:
-            self._give_back(data)
-
-    def _give_back(self, data: bytes) -> None:
-        self._answering.transport = self._transport
-        if whole := (self._head or b"") + data:
-            self._transport.write(whole)
-
-
-async def _done(working: Awaitable[Response], state: State) -> Response:
+def _problem(exc: Exception, state: State, method: str) -> Response:
     try:
-        return await working
-    except ChatkeepError as exc:
-        return errors.answer_to(exc, state)
+        if isinstance(exc, ChatkeepError):
+            return errors.answer_to(exc, state)
+    except Exception as worse:  # noqa: BLE001 - as in `errors.Unforeseen`
+        exc = worse
+    return errors.unforeseen(exc, method)
+
+
+_ON_API = b"".join(b"%s: %s\r\n" % header for header in ON_API)
+
+
+def _sent_at_once(response: Response, send: Send) -> bool:
+    """Does what two `send` of uvicorn would have done, where an answer is as usual: the same bytes.
+
+    Those send each header past two regular expressions, for what may not be in it, and write head and body one after the other: two system
+    calls, and two wake-ups of the client. Another server, another parser, an access log, a client who has left, does not read, or wants the
+    connection closed: all that goes the ordinary way.
+    """
+    cycle = getattr(send, "__self__", None)
+    if (
+        type(cycle) is not RequestResponseCycle
+        or not cycle.keep_alive
+        or cycle.access_log
+        or cycle.disconnected
+        or cycle.flow.write_paused
+        or cycle.response_started
+    ):
+        return False
+    lines = [b"%s: %s\r\n" % header for header in (*cycle.default_headers, *response.raw_headers)]
+    cycle.transport.write(b"".join((STATUS_LINE[response.status_code], *lines, _ON_API, b"\r\n", response.body)))
+    cycle.waiting_for_100_continue = False
+    cycle.response_started = cycle.response_complete = True
+    cycle.message_event.set()
+    cycle.on_response()  # goes on to what comes next on this connection: the answer has to be on its way before
+    return True
 
 
 def _user(state: State, scope: Scope, headers: Headers) -> User | None:

@@ -521,15 +521,29 @@ class Wire:
     resume_reading = set_write_buffer_limits = pause_reading
 
 
-def serve(ways: Ways, kind: Any, wire: Wire, data: bytes, until: Callable[[], bool]) -> bool:
-    """Has one of the real server's protocols take this from a connection; whether it has closed it then."""
+def serve(
+    ways: Ways,
+    kind: Any,
+    wire: Wire,
+    data: bytes,
+    until: Callable[[], bool],
+    *,
+    access_log: bool = False,
+    before: Callable[[Any], None] = lambda protocol: None,
+) -> bool:
+    """Has one of the real server's protocols take this from a connection; whether it has closed it then. `before` it goes on, something
+    may happen to the connection."""
 
     async def run() -> bool:
-        config = Config(ways.app, lifespan="off", log_config=None)
+        config = Config(ways.app, lifespan="off", log_config=None, access_log=access_log)
         config.load()
-        protocol = kind(config, ServerState(), {})
+        state = ServerState()
+        state.default_headers = [(b"server", b"uvicorn")]
+        protocol = kind(config, state, {})
         protocol.connection_made(wire)
+        protocol.access_log = access_log  # else it is a matter of pytest's handlers
         protocol.data_received(data)
+        before(protocol)
         async with asyncio.timeout(10):
             while not until():
                 await asyncio.sleep(0.001)
@@ -555,28 +569,91 @@ def raw_post(ways: Ways, *headers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + TEXT
 
 
-each_protocol = pytest.mark.parametrize("kind", [HttpToolsProtocol, H11Protocol])
+def raw_get(post: bytes, number: int | None = None) -> bytes:
+    """The page of a request's conversation, or of another."""
+    path = post.split()[1].decode() if number is None else PATH.replace("<id>", str(number))
+    authorization = next(line for line in post.split(b"\r\n") if line.startswith(b"Authorization"))
+    return b"GET " + path.encode() + b" HTTP/1.1\r\nHost: testserver\r\n" + authorization + b"\r\n\r\n"
 
 
-@each_protocol
-@pytest.mark.parametrize("close", [False, True])
+def one_answer(written: list[bytes]) -> bytes:
+    """What was written, without what differs from call to call."""
+    return re.sub(rb"\d{6,}", b"<digits>", re.sub(rb"\d\d:\d\d:\d\d\.\d+", b"<time>", b"".join(written)))
+
+
 @pytest.mark.parametrize("count", [1, 3])
-def test_head_and_body_leave_in_one_write(ways: Ways, kind: Any, close: bool, count: int) -> None:
-    """By the real server, whose insides `_OneWrite` has to know; also of requests that come at once."""
-    wire, data = Wire(), raw_post(ways, *["Connection: close"] * close) * count
-    answers = 1 if close else count
-    assert serve(ways, kind, wire, data, lambda: len(wire.written) >= answers and wire.closed >= close) == close
-    assert len(wire.written) == answers
+def test_an_answer_leaves_in_one_write(ways: Ways, count: int) -> None:
+    """By the real server, whose insides `_sent_at_once` has to know; also of requests that come at once."""
+    wire, data = Wire(), raw_post(ways) * count
+    assert not serve(ways, HttpToolsProtocol, wire, data, lambda: len(wire.written) >= count)
+    assert len(wire.written) == count
     for answer in wire.written:
         assert answer.startswith(b"HTTP/1.1 201 ")
         assert answer.endswith(b'"state":"pending"}')
 
 
-@each_protocol
+@pytest.mark.parametrize("what", ["post", "page", "nobody's"])
+def test_what_is_written_at_once_is_what_the_server_would_have_written(ways: Ways, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The 404 of a conversation that is nobody's comes that way too."""
+    post = raw_post(ways)
+    data = {"post": post, "page": raw_get(post), "nobody's": raw_get(post, ways.user)}[what] * 2
+    at_once, by_the_server = Wire(), Wire()
+    serve(ways, HttpToolsProtocol, at_once, data, lambda: len(at_once.written) >= 2)
+    monkeypatch.setattr(fast, "_sent_at_once", lambda response, send: False)
+    serve(ways, HttpToolsProtocol, by_the_server, data, lambda: len(by_the_server.written) >= 4)
+    assert (len(at_once.written), len(by_the_server.written)) == (2, 4)
+    assert one_answer(at_once.written) == one_answer(by_the_server.written)
+    assert one_answer(at_once.written).count(b"HTTP/1.1 ") == 2
+
+
+@pytest.mark.parametrize("unusual", ["another parser", "an access log", "the last on this connection"])
+def test_other_answers_are_left_to_the_server(ways: Ways, unusual: str) -> None:
+    close = unusual == "the last on this connection"
+    kind = H11Protocol if unusual == "another parser" else HttpToolsProtocol
+    wire, data = Wire(), raw_post(ways, *["Connection: close"] * close)
+    closed = serve(ways, kind, wire, data, lambda: len(wire.written) >= 2, access_log=unusual == "an access log")
+    assert closed == close
+    assert len(wire.written) == 2
+    assert wire.written[0].startswith(b"HTTP/1.1 201 ")
+    assert wire.written[1].endswith(b'"state":"pending"}')
+
+
+def test_nothing_is_written_to_who_does_not_read(ways: Ways) -> None:
+    wire, held = Wire(), list[bytes]()
+
+    def pause(protocol: Any) -> None:
+        def go_on() -> None:
+            held.extend(wire.written)
+            protocol.resume_writing()
+
+        protocol.pause_writing()
+        asyncio.get_running_loop().call_later(0.3, go_on)
+
+    serve(ways, HttpToolsProtocol, wire, raw_post(ways), lambda: len(wire.written) >= 2, before=pause)
+    assert held == []
+    assert len(wire.written) == 2
+
+
+def test_nothing_is_written_to_who_has_left(ways: Ways) -> None:
+    """What was sent is kept all the same."""
+    wire, stored, post = Wire(), Wire(), raw_post(ways)
+
+    def leave_soon(protocol: Any) -> None:
+        """When the message is on its way to Redis."""
+        soon = asyncio.get_running_loop().call_soon
+        soon(soon, protocol.connection_lost, ConnectionResetError())
+
+    serve(ways, HttpToolsProtocol, wire, post, lambda: True, before=leave_soon)
+    assert wire.written == []
+    serve(ways, HttpToolsProtocol, stored, raw_get(post), lambda: bool(stored.written))
+    assert b'"content":"hi"' in stored.written[0]
+
+
+@pytest.mark.parametrize("kind", [HttpToolsProtocol, H11Protocol])
 def test_answer_leaves_before_the_server_looks_at_what_comes_next(ways: Ways, kind: Any) -> None:
     """Which it may not understand (h11 wants a Host): then it says so, and closes the connection."""
     wire = Wire()
-    serve(ways, kind, wire, raw_post(ways) + b"GET / HTTP/1.1\r\n\r\n", lambda: bool(wire.written))
+    serve(ways, kind, wire, raw_post(ways) + b"GET / HTTP/1.1\r\n\r\n", lambda: b'"state":"pending"}' in b"".join(wire.written))
     assert wire.written[0].startswith(b"HTTP/1.1 201 ")
-    assert wire.written[0].endswith(b'"state":"pending"}')
-    assert not any(b"201 Created" in answer for answer in wire.written[1:])
+    first = b"".join(wire.written).split(b'"state":"pending"}')[0]
+    assert first.count(b"HTTP/1.1 ") == 1
