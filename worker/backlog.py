@@ -19,8 +19,9 @@ from redis.exceptions import RedisError
 
 from worker import keys
 from worker.codec import RawEntry, raw_entries
+from worker.multiplexed import Argument
 from worker.pending import EXTRA_TTL_SECONDS, MESSAGES_PER_CALL_MAX, WAKE_LEASE_MS
-from worker.scripts import Argument, run, run_all, translate
+from worker.scripts import run, run_all, translate
 
 T = TypeVar("T")
 

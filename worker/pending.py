@@ -53,9 +53,9 @@ from worker.errors import (
     UserBacklogFull,
 )
 from worker.loading import ConversationState
-from worker.multiplexed import Command
+from worker.multiplexed import Argument, Command, Packed
 from worker.redis import MEMORY_FULL
-from worker.scripts import Argument, AsyncScripts, translate
+from worker.scripts import AsyncScripts, translate
 from worker.settings import Settings
 from worker.threads import DatabaseThreads
 
@@ -79,6 +79,11 @@ OWNERS_MAX = 20_000
 """Conversations of which a process remembers whose they are: 2 MB."""
 
 
+KEYS_KEPT = 2048
+"""Conversations of which a process remembers the names of their keys, packed: those that were written to last, and read last. 8 MB. To put
+them together took as long as everything else that is packed for a call."""
+
+
 class Draft(NamedTuple):
     """A message as it is sent."""
 
@@ -87,8 +92,7 @@ class Draft(NamedTuple):
     status: Status = "complete"
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(NamedTuple):
     """An acknowledged message. `committed`: the highest id that is in Postgres, or 0 where the message is higher in any case. `replayed`: a
     retry, this is the first answer. `reply_id`: the reply that it already has, if any."""
 
@@ -188,12 +192,15 @@ class PendingLog:
         """
         shard = self._shard(user_id, conversation_id)
         script_keys = self._append_keys(shard, user_id, conversation_id)
-        bodies = [message_body(conversation_id, user_id, *draft) for draft in drafts]
+        bodies: list[bytes] = []
         messages: list[Argument] = []
+        asked = title = ""
         for i, (role, content, status) in enumerate(drafts):
-            messages += (bodies[i], nth_key(key, i), request_hash(role, status, content)) if key else (bodies[i], "", "")
-        title = next((auto_title(draft.content) for draft in drafts if draft.role == "user"), "")
-        asked = ""
+            body = message_body(conversation_id, user_id, role, content, status)
+            bodies.append(body)
+            messages += (body, nth_key(key, i), request_hash(role, status, content)) if key else (body, "", "")
+            if role == "user" and not title:
+                title = auto_title(content)
         until = asyncio.get_running_loop().time() + ANSWER_WITHIN_SECONDS
 
         def ask() -> Awaitable[Any]:
@@ -232,8 +239,7 @@ class PendingLog:
         if appended is None:
             _, moment, woken, *ids = answer
             self._woken(shard, woken)
-            stored = (Stored(int(number), int(moment), body) for number, body in zip(ids, bodies, strict=True))
-            appended = [Appended(message, committed=0, replayed=False) for message in stored]
+            appended = [Appended(Stored(int(number), int(moment), body), 0, False) for number, body in zip(ids, bodies, strict=True)]
         self._check_durability()
         return appended
 
@@ -356,12 +362,11 @@ class PendingLog:
         messages are read only for whom the conversation has been seen to belong to. It never changes hands.
         """
         shard = self._shard(user_id, conversation_id)
-        names = keys.of_conversation(shard, conversation_id)
-        head = [("HMGET", names[0], "u", "d", "t", "s", "a", "m", "w", "l"), ("PTTL", names[0]), ("GET", keys.committed(shard))]
-        page = [] if direction is None else _page_commands(names[1], direction, from_id, count)
+        head = _head_commands(shard, conversation_id)
+        page = () if direction is None else _page_commands(keys.messages(shard, conversation_id), direction, from_id, count)
         while True:
             theirs = self._owners.get(conversation_id) == user_id
-            known, ttl, mark, *found = await self._scripts.transaction("read", [*head, *page] if theirs else head)
+            known, ttl, mark, *found = await self._scripts.transaction("read", head + page if theirs else head)
             if known[0] != b"%d" % user_id:  # also somebody else's: nobody may learn which ids there are, not even while Postgres is away
                 return None
             if known[1] == b"1":
@@ -371,7 +376,7 @@ class PendingLog:
             if theirs or not page:
                 break
         if 0 < ttl < self._settings.cache_ttl_seconds * 500:  # half of it is gone: a use prolongs it, but not every read should be a write
-            self._spawn(self._touch(names))
+            self._spawn(self._touch(keys.of_conversation(shard, conversation_id)))
         _, _, title, created, updated, last_id, whole, last_pending = known
         messages, oldest = (*found, [], [])[:2]
         return CachedPage(
@@ -549,17 +554,20 @@ class PendingLog:
         return (keys.log(shard), keys.clock(shard), keys.backlog_bytes(shard), keys.wake(shard))
 
     @classmethod
-    def _append_keys(cls, shard: int, user_id: int, conversation_id: int) -> list[str]:
-        return [
-            *cls._log_keys(shard),
-            *keys.of_conversation(shard, conversation_id),
-            keys.changed(shard, user_id),
-            keys.committed(shard),
-            keys.turn(shard, conversation_id),
-            keys.events(shard, user_id),
-            keys.users(shard),
-            keys.messages_of_minute(shard, user_id),
-        ]
+    @lru_cache(KEYS_KEPT)
+    def _append_keys(cls, shard: int, user_id: int, conversation_id: int) -> Packed:
+        return Packed(
+            (
+                *cls._log_keys(shard),
+                *keys.of_conversation(shard, conversation_id),
+                keys.changed(shard, user_id),
+                keys.committed(shard),
+                keys.turn(shard, conversation_id),
+                keys.events(shard, user_id),
+                keys.users(shard),
+                keys.messages_of_minute(shard, user_id),
+            )
+        )
 
     def _woken(self, shard: int, asked: int) -> None:
         if asked:
@@ -642,11 +650,26 @@ def reply_key(user_message_id: int) -> str:
     return f"r:{user_message_id}"
 
 
-def _page_commands(messages: str, direction: Literal["before", "after"], from_id: int | None, count: int) -> list[Command]:
+@lru_cache(KEYS_KEPT)
+def _head_commands(shard: int, conversation_id: int) -> tuple[Command, ...]:
+    """What is asked of a conversation with each page."""
+    state = keys.conversation(shard, conversation_id)
+    return (
+        Packed(("HMGET", state, "u", "d", "t", "s", "a", "m", "w", "l")),
+        Packed(("PTTL", state)),
+        Packed(("GET", keys.committed(shard))),
+    )
+
+
+@lru_cache(KEYS_KEPT)
+def _page_commands(messages: str, direction: Literal["before", "after"], from_id: int | None, count: int) -> tuple[Command, ...]:
     """The page, and for 'after' also the oldest cached message: where it begins depends on that."""
     if direction == "before":
-        return [("XREVRANGE", messages, "+" if from_id is None else f"({from_id}-0", "-", "COUNT", count)]
-    return [("XRANGE", messages, f"({from_id}-0", "+", "COUNT", count), ("XRANGE", messages, "-", "+", "COUNT", 1)]
+        return (Packed(("XREVRANGE", messages, "+" if from_id is None else f"({from_id}-0", "-", "COUNT", count)),)
+    return (
+        Packed(("XRANGE", messages, f"({from_id}-0", "+", "COUNT", count)),
+        Packed(("XRANGE", messages, "-", "+", "COUNT", 1)),
+    )
 
 
 def _state(number: int, user_id: int, row: Sequence[Any]) -> ConversationState | None:

@@ -15,8 +15,9 @@ from redis.asyncio import Redis as AsyncRedis
 from redis.exceptions import RedisError
 
 from worker import keys
+from worker.multiplexed import Argument
 from worker.pending import TURN_LEASE_MS
-from worker.scripts import Argument, AsyncScripts, translate
+from worker.scripts import AsyncScripts, translate
 from worker.settings import Settings
 
 EventName: TypeAlias = Literal["user_message", "delta", "assistant_message", "error"]

@@ -12,10 +12,9 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, Red
 from worker import crashpoints, keys
 from worker.codec import ENTRY_OVERHEAD_BYTES
 from worker.errors import BacklogFull, ChatkeepError, NotDurable, RedisUnavailable, TooSlow
-from worker.multiplexed import Answered, Command, Multiplexed
+from worker.multiplexed import Answered, Argument, Command, Multiplexed, Packed, pack, pack_command
 from worker.redis import HEALTH_CHECK_SECONDS
 from worker.settings import SHARD_SLOTS
 
 log = structlog.get_logger(__name__)
 
-Argument = str | bytes | int | float
 _FOLDER = Path(__file__).parent / "lua"
 SEND_AT = 8
 """Calls that do not wait for the end of the turn of the event loop: Redis fsyncs them while this process goes on with the others. With 16
@@ -118,12 +116,23 @@ _PASSING = ("LOADING", "BUSY", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN")
 @dataclass(slots=True)
 class _Call:
     name: str
-    rest: tuple[Argument, ...]
+    keys: int
+    count: int
+    """Of keys and arguments."""
+    rest: bytes
+    """They, packed."""
     answer: asyncio.Future[Any] = field(repr=False)
 
-    def command(self, *, with_source: bool = False) -> Command:
-        chosen = script(self.name)
-        return ("EVAL", chosen.source, *self.rest) if with_source else ("EVALSHA", chosen.sha, *self.rest)
+    def wire(self, *, with_source: bool = False) -> bytes:
+        return _head(self.name, self.keys, self.count, with_source) + self.rest
+
+
+@lru_cache(512)
+def _head(name: str, keys: int, count: int, with_source: bool) -> bytes:
+    """What a call begins with."""
+    chosen = script(name)
+    command = ("EVAL", chosen.source, keys) if with_source else ("EVALSHA", chosen.sha, keys)
+    return b"*%d\r\n%b" % (len(command) + count, pack(command))
 
 
 @dataclass(slots=True)
@@ -134,6 +143,9 @@ class _Transaction:
     answer: asyncio.Future[Any] = field(repr=False)
     refused: Exception | None = None
     """The first that was not queued, and why: EXEC will only say that there was one."""
+
+    def wire(self) -> bytes:
+        return b"".join((_MULTI, *map(pack_command, self.commands), _EXEC))
 
     def queued(self, answer: Any) -> None:
         if self.refused is None and isinstance(answer, Exception):
@@ -148,7 +160,7 @@ class _Transaction:
         return next((part for part in answer if isinstance(part, Exception)), answer)
 
 
-_MULTI, _EXEC = ("MULTI",), ("EXEC",)
+_MULTI, _EXEC = pack_command(("MULTI",)), pack_command(("EXEC",))
 
 
 class AsyncScripts:
@@ -163,14 +175,18 @@ class AsyncScripts:
         self._unsent: list[_Call | _Transaction] = []
         self._sent: set[asyncio.Future[Any]] = set()
 
-    async def run(self, name: str, script_keys: Sequence[str], arguments: Sequence[Argument], *, until: float = math.inf) -> Any:
-        """Runs a script and returns its raw answer.
+    def run(
+        self, name: str, script_keys: Sequence[Argument], arguments: Sequence[Argument], *, until: float = math.inf
+    ) -> Coroutine[Any, Any, Any]:
+        """Runs a script and returns its raw answer. (Keys that are `Packed` are not packed again.)
 
         Raises `RedisUnavailable` after `timeout_seconds` at the latest, and `TooSlow` at `until` (by the loop's clock); the script may
         still run then. Cancelling the caller does not stop the script either: it only stops waiting.
         """
-        call = _Call(name, (len(script_keys), *script_keys, *arguments), asyncio.get_running_loop().create_future())
-        return await self._answer(name, call, until)
+        keys_wire = script_keys.wire if isinstance(script_keys, Packed) else pack(script_keys)
+        count = len(script_keys)
+        future = asyncio.get_running_loop().create_future()
+        return self._answer(name, _Call(name, count, count + len(arguments), keys_wire + pack(arguments), future), until)
 
     async def transaction(self, name: str, commands: Sequence[Command]) -> list[Any]:
         """Runs plain commands as one step and returns their answers; `name` is what crash points call it. Raises as `run` does.
@@ -183,7 +199,7 @@ class AsyncScripts:
 
     async def _answer(self, name: str, call: _Call | _Transaction, until: float = math.inf) -> Any:
         crashpoints.visit("before:" + name)
-        loop = asyncio.get_running_loop()
+        loop = call.answer.get_loop()
         self._unsent.append(call)
         if not self._sent or len(self._unsent) >= SEND_AT:  # while Redis has nothing to do, there is no company worth waiting for
             self._send()
@@ -229,18 +245,19 @@ class AsyncScripts:
         if not calls:
             return
         self._sent.update(call.answer for call in calls)
-        connection.send(chain.from_iterable(self._commands(connection, call) for call in calls))
-
-    def _commands(self, connection: Multiplexed, call: _Call | _Transaction) -> list[tuple[Command, Answered]]:
-        if isinstance(call, _Call):
-            return [(call.command(), partial(self._answered, connection, call))]
-        queued = call.queued
-        return [(_MULTI, queued), *((command, queued) for command in call.commands), (_EXEC, partial(self._executed, call))]
+        commands, answered = [], list[Answered]()
+        for call in calls:
+            commands.append(call.wire())
+            if isinstance(call, _Call):
+                answered.append(partial(self._answered, connection, call))
+            else:
+                answered += (*(call.queued,) * (1 + len(call.commands)), partial(self._executed, call))
+        connection.send(b"".join(commands), answered)
 
     def _answered(self, connection: Multiplexed, call: _Call, answer: Any) -> None:
         if isinstance(answer, ResponseError) and str(answer).startswith("NOSCRIPT"):
             # Redis was restarted: EVAL brings the source along, and the server remembers it.
-            connection.send([(call.command(with_source=True), partial(self._answered, connection, call))])
+            connection.send(call.wire(with_source=True), [partial(self._answered, connection, call)])
             return
         self._sent.discard(call.answer)
         _settle(call.answer, answer)

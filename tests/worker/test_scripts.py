@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from worker import scripts
 from worker.errors import RedisUnavailable, TooSlow
+from worker.multiplexed import Argument, Packed, pack, pack_command
 from worker.redis import connect
 from worker.scripts import SEND_AT, AsyncScripts
 
@@ -95,6 +96,34 @@ def counted(running: AsyncScripts) -> list[bytes]:
 async def say_which(peer: Peer, command: list[bytes]) -> None:
     """Answers with the last argument."""
     peer.writer.write(b"$%d\r\n%s\r\n" % (len(command[-1]), command[-1]) if command[0] != b"PING" else b"+PONG\r\n")
+
+
+@pytest.mark.parametrize("arguments", [(), ("",), ("GET", b"k", 7, "\xe4\r\n$3\r\n", b"\x00" * 3000, 1.5)])
+def test_what_is_packed_once_is_what_hiredis_packs(arguments: tuple[Argument, ...]) -> None:
+    whole = hiredis.pack_command(arguments)
+    assert pack_command(arguments) == whole
+    assert pack_command(Packed(arguments)) == whole
+    assert Packed(arguments) == arguments
+    assert b"*%d\r\n" % len(arguments) + pack(arguments) == whole
+
+
+@pytest.mark.parametrize("with_source", [False, True])
+async def test_a_call_is_the_same_whether_its_keys_are_packed_or_not(settings, with_source: bool) -> None:
+    """Also where the server does not know the script."""
+
+    async def forgetful(peer: Peer, command: list[bytes]) -> None:
+        if with_source and command[0] == b"EVALSHA":
+            peer.writer.write(b"-NOSCRIPT No matching script\r\n")
+        else:
+            await say_which(peer, command)
+
+    async with server(forgetful) as (url, peers), scripts_on(settings, url) as running:
+        for keys in (["k", "\xe4"], Packed(("k", "\xe4"))):
+            assert await running.run("turn", keys, ["token", 5]) == b"5"
+        half = 1 + with_source
+        first, second = peers[0].commands[:half], peers[0].commands[half:]
+        assert first == second
+        assert first[-1][2:] == [b"2", b"k", "\xe4".encode(), b"token", b"5"]
 
 
 async def test_each_caller_gets_the_own_answer(settings) -> None:
