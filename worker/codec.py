@@ -373,7 +373,10 @@ def to_microseconds(moment: datetime) -> int:
 
 def auto_title(content: str) -> str:
     """A title out of the first user message: its words on one line, at most 80 characters."""
-    words = " ".join(content.strip()[:400].split())
+    begin = content.lstrip()
+    words = " ".join(begin[:120].split())  # as a rule enough
+    if len(words) <= 80:
+        words = " ".join(begin[:400].split())
     if len(words) <= 80:
         return words
     head = words[:79]

@@ -259,6 +259,7 @@ class DurabilityMonitor:
         self._settings = settings
         self._clock = clock
         self._checks: tuple[Check, ...] = ()
+        self._failed: dict[str, Check] = {}
         self._looked_at = float("-inf")
         self._client: AsyncRedis | None = None
         self._task: asyncio.Task[None] | None = None
@@ -294,10 +295,11 @@ class DurabilityMonitor:
         """
         if self._clock() - self._looked_at > STALE_SECONDS or not self._checks:
             raise RedisUnavailable()
-        failed = {check.name: check for check in self._checks if not check.ok}
-        if "redis" in failed:
+        if not self._failed:
+            return
+        if "redis" in self._failed:
             raise RedisUnavailable()
-        if not self.unsafe and (lost := [failed[name] for name in KEEPS_WRITES if name in failed]):
+        if not self.unsafe and (lost := [self._failed[name] for name in KEEPS_WRITES if name in self._failed]):
             raise NotDurable(f"Redis could lose what it acknowledges ({lost[0].name}: {lost[0].detail}), so nothing is accepted.")
 
     async def refresh(self, max_age_seconds: float = 0.0) -> tuple[Check, ...]:
@@ -316,9 +318,11 @@ class DurabilityMonitor:
         self._note(judge(await _ask(connection)))
 
     def _note(self, checks: tuple[Check, ...]) -> None:
-        before, self._checks, self._looked_at = self._checks, checks, self._clock()
-        if _failed(before) != _failed(checks):
-            log.warning("redis checks changed", failed=_failed(checks), unsafe=self.unsafe)
+        before = list(self._failed)
+        self._checks, self._looked_at = checks, self._clock()
+        self._failed = {check.name: check for check in checks if not check.ok}
+        if before != list(self._failed):
+            log.warning("redis checks changed", failed=list(self._failed), unsafe=self.unsafe)
 
     async def _watch(self) -> None:
         while True:
@@ -328,7 +332,3 @@ class DurabilityMonitor:
                 return
             except TimeoutError:
                 await self.refresh()
-
-
-def _failed(checks: Iterable[Check]) -> list[str]:
-    return [check.name for check in checks if not check.ok]

@@ -150,6 +150,14 @@ class TestTitle:
     def test_is_the_beginning_on_one_line(self, content: str, title: str) -> None:
         assert auto_title(content) == title
 
+    @pytest.mark.parametrize("gap", [" ", "\n  ", " " * 50])
+    def test_the_first_words_say_as_much_as_all_of_them(self, gap: str) -> None:
+        """It looks at no more than it needs."""
+        for words in range(1, 120):
+            content = gap + gap.join(f"w{n}" for n in range(words))
+            whole = " ".join(content.strip()[:400].split())
+            assert auto_title(content).rstrip("…") == (whole if len(whole) <= 80 else whole[:79].rsplit(" ", 1)[0])
+
     @given(UNICODE)
     def test_always_fits(self, content: str) -> None:
         assert len(auto_title(content)) <= 80
