@@ -29,13 +29,19 @@ _MORE = object()
 
 
 def pack(arguments: Iterable[Argument]) -> bytes:
-    """Arguments as they go over the wire; before them comes how many a command has (`pack_command`)."""
-    command: bytes = hiredis.pack_command(tuple(arguments))  # type: ignore[arg-type]  # its stub says a tuple of one
+    """Arguments as they go over the wire, without what comes before them there: how many a command has."""
+    command = pack_command(tuple(arguments))
     return command[command.index(b"\n") + 1 :]
 
 
+def pack_command(command: Command) -> bytes:
+    """A command as it goes over the wire."""
+    packed: bytes = hiredis.pack_command(command)  # type: ignore[arg-type]  # its stub says a tuple of one
+    return packed
+
+
 class Packed(tuple[Argument, ...]):
-    """Arguments, or a command, packed once: for what is sent again and again."""
+    """Arguments that are packed once: for what is sent again and again."""
 
     wire: bytes
 
@@ -46,9 +52,16 @@ class Packed(tuple[Argument, ...]):
         return made
 
 
-def pack_command(command: Command) -> bytes:
-    """A command as it goes over the wire."""
-    return b"*%d\r\n%b" % (len(command), command.wire if isinstance(command, Packed) else pack(command))
+class PackedCommands(tuple[Command, ...]):
+    """The same for whole commands."""
+
+    wire: bytes
+
+    def __new__(cls, commands: Iterable[Command]) -> Self:
+        """Packs them."""
+        made = super().__new__(cls, commands)
+        made.wire = b"".join(map(pack_command, made))
+        return made
 
 
 class Multiplexed(asyncio.Protocol):

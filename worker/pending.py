@@ -53,7 +53,7 @@ from worker.errors import (
     UserBacklogFull,
 )
 from worker.loading import ConversationState
-from worker.multiplexed import Argument, Command, Packed
+from worker.multiplexed import Argument, Command, Packed, PackedCommands
 from worker.redis import MEMORY_FULL
 from worker.scripts import AsyncScripts, translate
 from worker.settings import Settings
@@ -362,18 +362,17 @@ class PendingLog:
         messages are read only for whom the conversation has been seen to belong to. It never changes hands.
         """
         shard = self._shard(user_id, conversation_id)
-        head = _head_commands(shard, conversation_id)
-        page = () if direction is None else _page_commands(keys.messages(shard, conversation_id), direction, from_id, count)
         while True:
             theirs = self._owners.get(conversation_id) == user_id
-            known, ttl, mark, *found = await self._scripts.transaction("read", head + page if theirs else head)
+            asked = _read_commands(shard, conversation_id, *((direction, from_id, count) if theirs else (None, None, 0)))
+            known, ttl, mark, *found = await self._scripts.transaction("read", asked)
             if known[0] != b"%d" % user_id:  # also somebody else's: nobody may learn which ids there are, not even while Postgres is away
                 return None
             if known[1] == b"1":
                 raise NotFound()
             if not theirs:
                 self._note_owner(user_id, conversation_id)
-            if theirs or not page:
+            if theirs or direction is None:
                 break
         if 0 < ttl < self._settings.cache_ttl_seconds * 500:  # half of it is gone: a use prolongs it, but not every read should be a write
             self._spawn(self._touch(keys.of_conversation(shard, conversation_id)))
@@ -651,25 +650,17 @@ def reply_key(user_message_id: int) -> str:
 
 
 @lru_cache(KEYS_KEPT)
-def _head_commands(shard: int, conversation_id: int) -> tuple[Command, ...]:
-    """What is asked of a conversation with each page."""
-    state = keys.conversation(shard, conversation_id)
-    return (
-        Packed(("HMGET", state, "u", "d", "t", "s", "a", "m", "w", "l")),
-        Packed(("PTTL", state)),
-        Packed(("GET", keys.committed(shard))),
-    )
-
-
-@lru_cache(KEYS_KEPT)
-def _page_commands(messages: str, direction: Literal["before", "after"], from_id: int | None, count: int) -> tuple[Command, ...]:
-    """The page, and for 'after' also the oldest cached message: where it begins depends on that."""
+def _read_commands(
+    shard: int, conversation_id: int, direction: Literal["before", "after"] | None, from_id: int | None, count: int
+) -> PackedCommands:
+    """What a conversation is like, and the page; for 'after' also the oldest cached message: where the page begins depends on that."""
+    state, messages = keys.conversation(shard, conversation_id), keys.messages(shard, conversation_id)
+    commands: list[Command] = [("HMGET", state, "u", "d", "t", "s", "a", "m", "w", "l"), ("PTTL", state), ("GET", keys.committed(shard))]
     if direction == "before":
-        return (Packed(("XREVRANGE", messages, "+" if from_id is None else f"({from_id}-0", "-", "COUNT", count)),)
-    return (
-        Packed(("XRANGE", messages, f"({from_id}-0", "+", "COUNT", count)),
-        Packed(("XRANGE", messages, "-", "+", "COUNT", 1)),
-    )
+        commands += [("XREVRANGE", messages, "+" if from_id is None else f"({from_id}-0", "-", "COUNT", count)]
+    elif direction == "after":
+        commands += [("XRANGE", messages, f"({from_id}-0", "+", "COUNT", count), ("XRANGE", messages, "-", "+", "COUNT", 1)]
+    return PackedCommands(commands)
 
 
 def _state(number: int, user_id: int, row: Sequence[Any]) -> ConversationState | None:

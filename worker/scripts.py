@@ -26,7 +26,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, Red
 from worker import crashpoints, keys
 from worker.codec import ENTRY_OVERHEAD_BYTES
 from worker.errors import BacklogFull, ChatkeepError, NotDurable, RedisUnavailable, TooSlow
-from worker.multiplexed import Answered, Argument, Command, Multiplexed, Packed, pack, pack_command
+from worker.multiplexed import Answered, Argument, Command, Multiplexed, Packed, PackedCommands, pack, pack_command
 from worker.redis import HEALTH_CHECK_SECONDS
 from worker.settings import SHARD_SLOTS
 
@@ -145,7 +145,8 @@ class _Transaction:
     """The first that was not queued, and why: EXEC will only say that there was one."""
 
     def wire(self) -> bytes:
-        return b"".join((_MULTI, *map(pack_command, self.commands), _EXEC))
+        commands = self.commands if isinstance(self.commands, PackedCommands) else PackedCommands(self.commands)
+        return b"".join((_MULTI, commands.wire, _EXEC))
 
     def queued(self, answer: Any) -> None:
         if self.refused is None and isinstance(answer, Exception):

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from worker import scripts
 from worker.errors import RedisUnavailable, TooSlow
-from worker.multiplexed import Argument, Packed, pack, pack_command
+from worker.multiplexed import Argument, Packed, PackedCommands, pack, pack_command
 from worker.redis import connect
 from worker.scripts import SEND_AT, AsyncScripts
 
@@ -102,9 +102,11 @@ async def say_which(peer: Peer, command: list[bytes]) -> None:
 def test_what_is_packed_once_is_what_hiredis_packs(arguments: tuple[Argument, ...]) -> None:
     whole = hiredis.pack_command(arguments)
     assert pack_command(arguments) == whole
-    assert pack_command(Packed(arguments)) == whole
-    assert Packed(arguments) == arguments
     assert b"*%d\r\n" % len(arguments) + pack(arguments) == whole
+    assert Packed(arguments) == arguments
+    assert Packed(arguments).wire == pack(arguments)
+    assert PackedCommands([arguments, arguments]) == (arguments, arguments)
+    assert PackedCommands([arguments, arguments]).wire == whole * 2
 
 
 @pytest.mark.parametrize("with_source", [False, True])
