@@ -92,6 +92,7 @@ def test_what_was_written_offline_outlives_its_page_and_goes_out_with_its_key(ch
     again = ChatPage(page)
     again.open(path)
     again.finished(2, "You said: Two")
+    expect(again.messages).to_have_count(6)
     assert again.texts() == ["Online", "You said: Online", "One", "You said: One", "Two", "You said: Two"]
     assert sorted(sent) == sorted(name.rpartition(":")[2] for name in names)
 
